@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
+from kubeai.gateway._names import prompt_id
 from kubeai.openai import request as openai
 from kubeai.openai.content_coding import codings_in, compressed_form, content_coding, decompress
 from kubeai.openai.errors import BadRequest
@@ -64,8 +65,12 @@ async def read_body(
     context: Context,
     kind: Kind,
     find: Callable[[InferenceRequest], RoutedModel],
+    choose: Callable[[InferenceRequest, RoutedModel, bytes | None], RoutedModel],
 ) -> ReadBody:
-    """Read the body that an exchange has collected. ``find``: looks its model up.
+    """Read the body that an exchange has collected.
+
+    ``find``: looks its model up. ``choose``: replaces it by its canary, if that is to serve the
+    client; its last argument identifies the prompt.
 
     BadRequest if the body is invalid, or too long once it is decompressed. Its decompressed form
     counts as buffered until the exchange ends. Content-Encoding is removed from the request to the
@@ -79,10 +84,13 @@ async def read_body(
         if not exchange.reserve(len(body)):
             raise BadRequest("The buffer for request bodies is full.", status=503)
     request = await run(_threads, openai.read, kind, body)
-    picker = find(request).picker
+    routed = find(request)
+    if routed.route.canary and request.previous_response_id is None:
+        routed = choose(request, routed, await run(_threads, prompt_id, request))
+    picker = routed.picker
     prompt = await run(_threads, openai.prompt_of, picker, request, context.logs_prompts)
     if coding is not None:
-        if request.adapter is None and not context.config.decompress_bodies:
+        if not request.is_renamed and not context.config.decompress_bodies:
             return ReadBody(request, prompt, exchange.body)
         exchange.drop_header(b"content-encoding")
     return ReadBody(request, prompt, await run(_threads, openai.body_for, request, body))

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, cast
 from typing_extensions import override
 
 from kubeai._prompt import Prompt
-from kubeai.gateway.attempts import AdmittedRequest
+from kubeai.gateway._names import find_model, prompt_id, renaming_of
 from kubeai.gateway.bodies import check_coding, read_body
 from kubeai.gateway.console import CONSOLE_BODY_MAX_BYTES, check_request, is_console
+from kubeai.gateway.fallback import ANSWERED_BY, FallbackRequest
 from kubeai.gateway.observation import request_end, request_start
 from kubeai.gateway.ollama import check_engine
 from kubeai.gateway.realtime import (
@@ -32,7 +33,6 @@ from kubeai.gateway.realtime import (
     no_websocket,
     websocket_required,
 )
-from kubeai.gateway.relay._renaming import Renaming
 from kubeai.gateway.relay._tunnel import Tunnel
 from kubeai.gateway.stored_responses import not_stored
 from kubeai.gateway.uploads.upload import Upload, is_form
@@ -46,11 +46,10 @@ if TYPE_CHECKING:
     from kubeai.gateway.cors import CorsPolicy
     from kubeai.gateway.relay._exchange import Pool
     from kubeai.openai.request import InferenceRequest
-    from kubeai.routing.routes import Route
     from kubeai.routing.table import RoutedModel
 
 
-class Proxy(AdmittedRequest):
+class Proxy(FallbackRequest):
     """See the module; the relay creates one for each request."""
 
     __slots__ = ()
@@ -105,7 +104,7 @@ class Proxy(AdmittedRequest):
                 self._wait(partial(self._read_session, Session(self, tunnel)))
                 return
             request = openai.named(self._kind, model)
-            routed = self._find(request)
+            routed = self._split(request, self._find(request), None)
         except BadRequest as error:
             self._refuse(error)
             return
@@ -114,9 +113,8 @@ class Proxy(AdmittedRequest):
 
     async def _read_session(self, session: Session) -> Reservation:
         request = openai.named(self._kind, await session.model())
-        routed = self._find(request)
-        if request.adapter is not None:
-            session.name_model(request.adapter)
+        routed = self._split(request, self._find(request), None)
+        self._session = session
         return self._admit(request, routed) or await self._hold()
 
     def _relay_to_console(self, pool: Pool) -> None:
@@ -138,6 +136,8 @@ class Proxy(AdmittedRequest):
         try:
             request = self._request or openai.read(self._kind, self.body)
             routed = self._find(request)
+            if routed.route.canary and request.previous_response_id is None:
+                routed = self._split(request, routed, prompt_id(request))
         except BadRequest as error:
             self._refuse(error)
             return
@@ -165,7 +165,8 @@ class Proxy(AdmittedRequest):
         await upload.receive()
         self.set_header(b"content-type", upload.content_type)
         request = openai.named(self._kind, upload.model)
-        return self._admit(request, self._find(request)) or await self._hold()
+        routed = self._split(request, self._find(request), None)
+        return self._admit(request, routed) or await self._hold()
 
     @override
     def on_piece(self) -> None:
@@ -176,7 +177,7 @@ class Proxy(AdmittedRequest):
     async def _read(self) -> Reservation:
         """Like ``on_body`` for a large or compressed body."""
         request, self._prompt, self._payload = await read_body(
-            self, self.context, self._kind, self._find
+            self, self.context, self._kind, self._find, self._split
         )
         return await self._continue(request)
 
@@ -188,11 +189,32 @@ class Proxy(AdmittedRequest):
         """
         only = None
         if request.previous_response_id is not None:
-            only = await self.context.stored_responses.endpoint_of(
-                self._find(request), self, request.previous_response_id
-            )
-        # The model may have been deleted or created again meanwhile.
-        return self._admit(request, self._find(request), only=only) or await self._hold()
+            only = await self._find_previous(request, request.previous_response_id)
+        # The Model may have been deleted or created again meanwhile.
+        routed = self.context.routes.find(request.name)
+        if routed is None:
+            raise model_not_found(request.model)
+        return self._admit(request, routed, only=only) or await self._hold()
+
+    async def _find_previous(self, request: InferenceRequest, response_id: str) -> str | None:
+        """The endpoint that has the stored response which a request continues, if any has it.
+
+        A canary or a fallback may have made it. The request is then for that Model.
+        """
+        asked = self._find(request)
+        owner = await self.context.stored_responses.owner_of(
+            [asked, *self._substitutes(asked.route)], self, response_id
+        )
+        if owner is None:
+            return None
+        name = owner.routed.route.model
+        if name != request.name:
+            self._asked = asked
+            request.serve_as(name)
+            self._payload = request.with_model(openai.json_string(name))
+            self.drop_header(b"content-encoding")
+            self.add_response_header(ANSWERED_BY, name.encode())
+        return owner.endpoint
 
     def _admit(
         self, request: InferenceRequest, routed: RoutedModel, *, only: str | None = None
@@ -201,8 +223,7 @@ class Proxy(AdmittedRequest):
         self._request = request
         self._routed = routed
         self._admission = routed.admit(self.context.request_type)
-        if request.adapter is not None:
-            self.renaming = Renaming(*map(openai.json_string, (request.adapter, request.model)))
+        self.renaming = renaming_of(request)
         if self._prompt is None:  # an upload's
             self._prompt = Prompt()
         if self.context.explains:
@@ -218,27 +239,18 @@ class Proxy(AdmittedRequest):
 
         Also reads the client's limit on the wait for an endpoint.
         """
-        routed = self.context.routes.find(request.name)
-        if routed is None or (
-            request.adapter is not None and request.adapter not in routed.route.adapters
-        ):
-            raise model_not_found(request.model)
-        if not self._selects(routed.route):
+        routed = find_model(self.context.models, self.context.aliases, request)
+        if routed is None or not self._may_use(routed.route):
             raise model_not_found(request.model)
         check_engine(request.kind, routed.route)
         self._max_wait_s = openai.parse_max_wait(self.headers(b"x-kubeai-max-wait"))
         return routed
 
-    def _selects(self, route: Route) -> bool:
-        """Whether a Model's labels match all selectors of the request."""
-        texts = [text.decode("latin-1") for text in self.headers(b"x-label-selector")]
-        return all(openai.parse_selector(text)(route.labels) for text in texts)
-
     async def _find_stored(self) -> Reservation:
         """Find the replica that has the stored response of the path, and count the request."""
         response_id = classify(self.method, self.target).id or ""
         owner = await self.context.stored_responses.find(
-            self.context.routes, self, response_id, self._selects
+            self.context.routes, self, response_id, self._may_use
         )
         self._payload = self.body
         request = openai.named(self._kind, owner.model)

@@ -83,6 +83,8 @@ class Server:
         )
         self.routes = context.routes = RoutingTable(loads, self._endpoint_pool, index=index)
         context.models = self.routes.models
+        context.aliases = self.routes.aliases
+        context.canaried = self.routes.canaried
         self._tick_s = tick_s
         self._server: asyncio.Server | None = None
         self._timer: asyncio.TimerHandle | None = None

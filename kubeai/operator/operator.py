@@ -25,6 +25,7 @@ from kubeai.operator.controller import Controller
 from kubeai.operator.events import Events
 from kubeai.operator.groups import SetObject, needs_set
 from kubeai.operator.leader import Leader
+from kubeai.operator.names import Names
 from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
 from kubeai.operator.scaling.scaler import Activator, Loads, Scaler
@@ -72,6 +73,7 @@ class Operator:
             address_override=config.allow_pod_address_override,
             follows_sets=True,
         )
+        self._names = Names()
         self._blocks = BlockTracker(config.gateway)
         self._starts = StartTracker()
         lease = config.leader_election
@@ -104,6 +106,7 @@ class Operator:
             loads,
             self._events,
             no_sets=lambda: self._sets.problem,
+            names=self._names.resolve,
         )
         self._timeline = Timeline()
         self._activator = Activator(
@@ -211,6 +214,10 @@ class Operator:
     def _changed(self, name: str) -> None:
         if not self.synced.is_set():
             return  # `_begin` handles all models
+        # Those that gain an alias come first, so that it always belongs to a Model.
+        for other in sorted(self._names.observe(name, self.store.models.get(name))):
+            self._route(other)
+            self.controller.changed(other)
         self._route(name)
         self.controller.changed(name)
 
@@ -218,6 +225,8 @@ class Operator:
         """Once all collections are listed, publish all routes, then reconcile all Models."""
         if self.synced.is_set() or not self.store.listed:
             return
+        for name, model in self.store.models.items():
+            self._names.observe(name, model)
         for name in self.store.models:
             self._route(name)
         self.synced.set()
@@ -235,7 +244,8 @@ class Operator:
         self._timeline.observed(model)
         pods = self.store.observed_pods(name)
         blocks, start = self._blocks.observe(model, pods), self._starts.observe(model, pods)
-        route = route_of(model, pods, blocks, start, form_model(model, self._config))
+        names = self._names.resolve(name)
+        route = route_of(model, pods, blocks, start, form_model(model, self._config), names)
         self._publish(name, route)
 
     def _turn(self, leads: bool) -> None:

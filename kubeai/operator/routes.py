@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kubeai.api.model import Model
+from kubeai.api.names import wait_before_fallback_s
 from kubeai.operator.blocks import NO_BLOCKS, Blocks
+from kubeai.operator.names import NO_NAMES, ResolvedNames
 from kubeai.operator.pods import Pod
 from kubeai.operator.starting import NO_START, Start
 from kubeai.routing.routes import Endpoint, Route
@@ -17,6 +19,7 @@ def route_of(
     blocks: Blocks = NO_BLOCKS,
     start: Start = NO_START,
     form_model: str = "",
+    names: ResolvedNames = NO_NAMES,
 ) -> Route | None:
     """The Model's route, with endpoints sorted by name; None while the Model is being deleted.
 
@@ -24,7 +27,7 @@ def route_of(
     draining. Only adapters that the Model still declares are offered. Draining and terminating pods
     are listed separately, and may finish their in-flight requests. ``blocks``: why the Model has
     no endpoint. ``start``: what its starting replicas do, and how long that takes.
-    ``form_model``: as in the Route.
+    ``form_model``: as in the Route. ``names``: the aliases and references that count.
     """
     meta, spec = model.metadata, model.spec
     if meta.deletion_timestamp is not None:
@@ -63,4 +66,9 @@ def route_of(
         progress=start.progress,
         start_s=start.start_s,
         form_model=form_model,
+        aliases=names.aliases,
+        fallbacks=names.fallbacks,
+        wait_before_fallback_s=wait_before_fallback_s(spec.wait_before_fallback),
+        canary=names.canary,
+        canary_percent=spec.canary.percent if spec.canary is not None and names.canary else 0,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 from typing_extensions import override
@@ -108,10 +108,28 @@ class Streams(msgspec.Struct, frozen=True, tag="streams", array_like=True):
     reports: tuple[StreamReport, ...]
 
 
+MoveReason = Literal["not_ready", "blocked", "failing", "saturated"]
+
+
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """How many requests have left a Model for one of its fallbacks, for one reason."""
+
+    model: str
+    fallback: str
+    reason: MoveReason
+    count: int
+
+
+class Moves(msgspec.Struct, frozen=True, tag="moves", array_like=True):
+    """A worker's requests that have been moved since its last message of this kind."""
+
+    moves: tuple[Move, ...]
+
+
 REPORT_INTERVAL_S = 1.0
 
 Down = Snapshot | Delta | Drain
-Up = Ready | Demand | Streams
+Up = Ready | Demand | Streams | Moves
 
 
 class Channel(asyncio.Protocol):

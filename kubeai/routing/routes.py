@@ -65,6 +65,11 @@ class Route(msgspec.Struct, frozen=True, array_like=True):
     start_s: int = 0  # how long a replica takes from its creation until it is ready; 0: unknown
     # The `model` of forms at FasterWhisper; empty: forms have none. Others get the requested name.
     form_model: str = ""
+    aliases: tuple[str, ...] = ()  # further names, of this Model only
+    fallbacks: tuple[str, ...] = ()  # Models that serve requests that this one cannot, in order
+    wait_before_fallback_s: float = 0.0
+    canary: str = ""  # the Model that serves a part of the clients; empty: none
+    canary_percent: int = 0
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", array_like=True):

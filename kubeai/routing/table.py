@@ -91,7 +91,10 @@ class RoutingTable:
         self._target = target
         self._clock = clock
         self._index = index
-        self.models: dict[str, RoutedModel] = {}  # by name; the same dict for as long as it lives
+        # The same objects for as long as the table lives, as the fast path uses them.
+        self.models: dict[str, RoutedModel] = {}  # by name
+        self.aliases: dict[str, str] = {}  # the names of the Models that they belong to
+        self.canaried: set[str] = set()  # the names of the Models with a canary
         self._health_events = 0  # of the load table, at the last check for ejected endpoints
         self._any_ejected = False  # at that check
 
@@ -158,6 +161,7 @@ class RoutingTable:
 
     def _set(self, model: str, route: Route | None) -> None:
         known = self.models.get(model)
+        self._set_names(model, () if known is None else known.route.aliases, route)
         if known is not None and (route is None or not known.is_life_of(route)):
             del self.models[model]
             known.end()
@@ -170,6 +174,20 @@ class RoutingTable:
             )
         else:
             known.update(route)
+
+    def _set_names(self, model: str, before: tuple[str, ...], route: Route | None) -> None:
+        """Set a Model's aliases. One that two Models have for a moment belongs to the later."""
+        now = () if route is None else route.aliases
+        for alias in before:
+            if alias not in now and self.aliases.get(alias) == model:
+                del self.aliases[alias]
+        for alias in now:
+            if alias not in before or alias not in self.aliases:
+                self.aliases[alias] = model
+        if route is not None and route.canary:
+            self.canaried.add(model)
+        else:
+            self.canaried.discard(model)
 
 
 class RoutedModel:

@@ -38,7 +38,8 @@ class Metrics:
     """All metrics of this KubeAI replica.
 
     ``peers``: seconds since each other replica last reported its loads, by address. ``streams``:
-    of the message streams; None: there are none.
+    of the message streams; None: there are none. ``collectors``: of what else is not in the load
+    table.
     """
 
     def __init__(
@@ -47,11 +48,14 @@ class Metrics:
         publisher: Publisher,
         peers: Callable[[], Mapping[str, float]] = dict,
         streams: Collector | None = None,
+        collectors: Iterable[Collector] = (),
     ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(LoadCollector(table, publisher, peers))
         if streams is not None:
             self._registry.register(streams)
+        for collector in collectors:
+            self._registry.register(collector)
         ProcessCollector(registry=self._registry)  # the supervisor's process
 
     def render(self, accept: str) -> tuple[bytes, str]:

@@ -35,6 +35,7 @@ from kubeai.supervisor.cache_sizes import CacheSizes
 from kubeai.supervisor.console.app import Console
 from kubeai.supervisor.console.state import Fleet, ModelSummary, Worker
 from kubeai.supervisor.console.traffic import Traffic
+from kubeai.supervisor.fallbacks import FallbackCounts
 from kubeai.supervisor.listeners import listen, parse_address
 from kubeai.supervisor.loads import AllLoads
 from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
@@ -157,6 +158,7 @@ class Supervisor:
                 synced=lambda: self.synced,
                 local=local,
             )
+        self._fallbacks = FallbackCounts(self.publisher.models)
         self.port: int = listeners[0].getsockname()[1] if listeners else 0
         start = partial(
             WorkerProcess,
@@ -168,6 +170,7 @@ class Supervisor:
             snapshot=self._snapshot,
             on_ready=self._worker_ready,
             on_demand=self.operator.demand,
+            on_moves=self._fallbacks.report,
             spawn=spawn,
         )
         self._workers = [start(column, sock) for column, sock in enumerate(listeners)]
@@ -195,6 +198,7 @@ class Supervisor:
             self.publisher,
             self.peers.silences_s,
             self._streams if has_streams else None,
+            (self._fallbacks,),
         )
         self._stop = asyncio.Event()
         self._signals = 0

@@ -194,6 +194,13 @@ cdef class Exchange:
         cdef list lines = [line for line in kept.splitlines(True) if not line.startswith(name)]
         self.extra_headers = b"%b%b: %b\r\n" % (b"".join(lines), name, value)
 
+    def drop_response_header(self, bytes name not None):
+        """Remove a header that :meth:`add_response_header` added."""
+        if self.extra_headers is not None:
+            self.extra_headers = b"".join(
+                [line for line in self.extra_headers.splitlines(True) if not line.startswith(name)]
+            )
+
     def drop_header(self, bytes name):
         """Remove a header from the upstream request; ``name`` in lower case."""
         self.downstream.head.drop({name})
