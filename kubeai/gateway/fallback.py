@@ -8,13 +8,14 @@ that can serve it, before anything of an engine's response has reached the clien
 - cannot start (``blocked``);
 - fails: its replicas' responses, or the lack of them, use up the retries (``failing``).
 
-If no fallback can serve at once, the request waits for its own Model and for the fallbacks, of which
-one is started. A request that has crashed its engine is not moved, nor one that continues a stored
-response. No Model is tried twice, and a fallback's own fallbacks do not count. The response has the
-name that the client used, and the header X-KubeAI-Model with the Model that answered.
+If no fallback can serve at once, the request waits for its own Model and for the fallbacks, one of
+which is started. A request that has crashed its engine is not moved, nor one that continues a
+stored response. No Model is tried twice, and a fallback's own fallbacks do not count. The response
+has the name that the client used, and the header X-KubeAI-Model with the Model that answered.
 
-The Admission moves with the request. Only that of a Model that was not ready stays open, so that the
-Model keeps starting as long as requests for it are served. Proxy, in proxy.py, is the subclass.
+The Admission moves with the request. Only that of a Model that was not ready stays open, so that
+the Model keeps starting while requests for it are served elsewhere. Proxy, in proxy.py, is the
+subclass.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing_extensions import override
 
 from kubeai.gateway._names import bucket_of, prompt_id, renaming_of
 from kubeai.gateway.attempts import AdmittedRequest
+from kubeai.gateway.engine_routes import can_replace
 from kubeai.gateway.holding import CANNOT_START, UNAVAILABLE
 from kubeai.gateway.realtime import engines_query
 from kubeai.gateway.relay._exchange import LOST, STATUS
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from kubeai.gateway.endpoint_pool import EndpointPool
     from kubeai.openai.request import InferenceRequest
     from kubeai.routing.channel import MoveReason
-    from kubeai.routing.routes import Feature, Route
+    from kubeai.routing.routes import Route
     from kubeai.routing.table import RoutedModel
 
 log = get_logger(__name__)
@@ -60,62 +62,6 @@ _REASONS: dict[str | None, MoveReason] = {
     "queue_full": "saturated",
     "timeout": "not_ready",
 }
-
-_ENGINES = {
-    "V": "VLLM",
-    "S": "SGLang",
-    "O": "OLlama",
-    "L": "LlamaCpp",
-    "F": "FasterWhisper",
-    "I": "Infinity",
-}
-# Which engines have a route, and the feature that it belongs to: docs/engines/README.md.
-_SERVED: dict[Kind, tuple[str, Feature | None]] = {
-    Kind.CHAT: ("VSOL", "TextGeneration"),
-    Kind.CHAT_BATCH: ("V", "TextGeneration"),
-    Kind.COMPLETIONS: ("VSOL", "TextGeneration"),
-    Kind.RESPONSES: ("VSOL", "TextGeneration"),
-    Kind.MESSAGES: ("VSOL", "TextGeneration"),
-    Kind.COUNT_TOKENS: ("VSL", "TextGeneration"),
-    Kind.SYSTEM_ONE: ("VSL", "TextGeneration"),
-    Kind.GENERATIVE_SCORING: ("V", "TextGeneration"),
-    Kind.TOKENIZE: ("VSL", "TextGeneration"),
-    Kind.DETOKENIZE: ("VSL", "TextGeneration"),
-    Kind.OLLAMA_CHAT: ("SO", "TextGeneration"),
-    Kind.OLLAMA_GENERATE: ("SO", "TextGeneration"),
-    Kind.EMBEDDINGS: ("VSOLI", "TextEmbedding"),
-    Kind.EMBED_V2: ("V", "TextEmbedding"),
-    Kind.POOLING: ("V", "TextEmbedding"),
-    Kind.OLLAMA_EMBED: ("O", "TextEmbedding"),
-    Kind.OLLAMA_EMBEDDINGS: ("O", "TextEmbedding"),
-    Kind.RERANK: ("VSLI", "Reranking"),
-    Kind.SCORE: ("VS", "Reranking"),
-    Kind.CLASSIFY: ("VS", "Reranking"),
-    Kind.TRANSCRIPTIONS: ("VSF", "SpeechToText"),
-    Kind.TRANSLATIONS: ("VF", "SpeechToText"),
-    Kind.REALTIME: ("VSF", "SpeechToText"),
-    Kind.SPEECH: ("F", None),
-    Kind.IMAGES: ("O", None),
-    Kind.IMAGE_EDITS: ("O", None),
-    Kind.IMAGE_VARIATIONS: ("", None),
-}
-
-
-def engines_with(kind: Kind) -> frozenset[str]:
-    """The engines that are known to have a route."""
-    return frozenset(_ENGINES[letter] for letter in _SERVED.get(kind, ("", None))[0])
-
-
-def can_replace(kind: Kind, asked: Route, other: Route) -> bool:
-    """Whether a Model has the route of a request for another Model.
-
-    It has if its engine does, or is the other's, and if it has the route's feature or the other
-    does not declare that either.
-    """
-    feature = _SERVED.get(kind, ("", None))[1]
-    if feature in asked.features and feature not in other.features:
-        return False
-    return other.engine == asked.engine or other.engine in engines_with(kind)
 
 
 class Fallbacks:
@@ -187,10 +133,7 @@ class FallbackRequest(AdmittedRequest):
             return routed
         if request.adapter is not None and request.adapter not in canary.route.adapters:
             return routed
-        if self._key is not None:
-            who = self._key.name.encode()
-        else:
-            who = prompt or self.peer.encode()
+        who = prompt or self.peer.encode() if self._key is None else self._key.name.encode()
         if bucket_of(route.model, who) >= route.canary_percent:
             return routed
         self._asked = routed
@@ -312,7 +255,7 @@ class FallbackRequest(AdmittedRequest):
     async def _first_of(self, others: list[RoutedModel], left_s: float) -> Reservation | int:
         """A Reservation at the current Model, or which of the others can serve.
 
-        Others that cannot serve within ``left_s`` are ignored, unless the current one cannot either.
+        Others that cannot serve within ``left_s`` are ignored.
         """
         here = asyncio.ensure_future(self._stay())
         ready = [

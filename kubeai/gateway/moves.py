@@ -1,4 +1,4 @@
-"""Counts the requests that a worker moves to fallbacks (fallback.py), for the supervisor's metrics."""
+"""Counts the requests that a worker moves to fallbacks, for the supervisor's metrics."""
 
 from __future__ import annotations
 

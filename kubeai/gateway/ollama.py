@@ -2,8 +2,9 @@
 
 Chats, generation and embeddings go to engines that have this API; :func:`check_engine` rejects
 requests for other Models. The routes that describe models are answered here, so that listing models
-starts no replica. Ollama's clients name a Model ``<Model>:latest``. Models are created and deleted
-only through the Kubernetes API. A Model is listed by its name and by each alias. Called by proxy.py and local_routes.py.
+starts no replica. Ollama's clients name a Model ``<Model>:latest``, and so each of its aliases that
+has no tag. Models are created and deleted only through the Kubernetes API. Called by proxy.py and
+local_routes.py.
 """
 
 from __future__ import annotations

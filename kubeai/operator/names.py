@@ -1,7 +1,7 @@
 """Which Model each alias belongs to, and which fallbacks and canaries count. Pure.
 
-A name belongs to one Model. It is, in this order, the Model that is called so, the one that has such
-an adapter (``<model>_<adapter>``), or the oldest that lists it as an alias. An entry of
+A name belongs to one Model. It is, in this order, the Model that is called so, the one that has
+such an adapter (``<model>_<adapter>``), or the oldest that lists it as an alias. An entry of
 ``fallbacks``, or a ``canary``, does not count if it names its own Model, or if it leads from a
 younger to an older Model of a cycle; so no cycle is left. One that names no Model is reported, and
 counts as soon as there is such a Model.

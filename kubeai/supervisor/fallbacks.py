@@ -1,7 +1,7 @@
 """How many requests the workers have moved to fallbacks, for ``/metrics``.
 
-:class:`FallbackCounts` adds up what the workers and the messenger report each second. What a process
-counted after its last report is lost when it is killed. Owned by the supervisor.
+:class:`FallbackCounts` adds up what the workers and the messenger report each second. What a
+process counted after its last report is lost when it is killed. Owned by the supervisor.
 """
 
 from __future__ import annotations
