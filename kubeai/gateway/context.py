@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from kubeai.gateway._fast_path import FastPathContext, JsonRoute
 from kubeai.gateway.cors import CorsPolicy
-from kubeai.gateway.moves import Moves
+from kubeai.gateway.fallback_counts import FallbackCounter
 from kubeai.gateway.retries import Retries, RetryBudget
 from kubeai.gateway.stored_responses import StoredResponses
 from kubeai.openai.request import SHAPES
@@ -76,7 +76,7 @@ class Context(FastPathContext):
         self.json_routes = JSON_ROUTES
         self.cors = CorsPolicy(config.cors_origins) if config.cors_origins else None
         self.journal = None  # set by the worker
-        self.moves = Moves()  # set by the worker
+        self.fallback_counts = FallbackCounter()  # set by the worker
         # The messenger's requests come from a broker that has its own credentials.
         needs_keys = config.keys.required and request_type == "http"
         self.keys = {} if needs_keys else None

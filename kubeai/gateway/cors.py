@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 PREFLIGHT_MAX_AGE_S = 600
 METHODS = "GET, HEAD, POST, OPTIONS"
 # Browsers hide all other headers from scripts, except those that every response may have.
-EXPOSED = "X-Request-Id, request-id, Retry-After, x-should-retry, X-KubeAI-Waited, X-KubeAI-Explain"
+EXPOSED = (
+    "X-Request-Id, request-id, Retry-After, x-should-retry, "
+    "X-KubeAI-Waited, X-KubeAI-Explain, X-KubeAI-Model"
+)
 _PORT = re.compile(r":\d+$")
 
 

@@ -1,7 +1,7 @@
 """Which Model serves a request, if not the one that was asked for: its canary, or a fallback.
 
-A Model names its fallbacks in order. :class:`FallbackRequest` moves a request to the first of them
-that can serve it, before anything of an engine's response has reached the client, when its Model
+A Model names its fallbacks in order. :class:`FallbackRequest` sends a request to the first of them
+that can serve it, before anything of an engine's response has reached the client, if its Model
 
 - has no replica that can serve it within ``waitBeforeFallback`` (``not_ready``), or only replicas
   that hold as many requests as they can serve well (``saturated``);
@@ -9,9 +9,10 @@ that can serve it, before anything of an engine's response has reached the clien
 - fails: its replicas' responses, or the lack of them, use up the retries (``failing``).
 
 If no fallback can serve at once, the request waits for its own Model and for the fallbacks, one of
-which is started. A request that has crashed its engine is not moved, nor one that continues a
-stored response. No Model is tried twice, and a fallback's own fallbacks do not count. The response
-has the name that the client used, and the header X-KubeAI-Model with the Model that answered.
+which is started. A request that has crashed its engine does not fall back, nor does one that
+continues a stored response. No Model is tried twice, and a fallback's own fallbacks do not count.
+The response has the name that the client used, and the header X-KubeAI-Model with the Model that
+answered.
 
 The Admission moves with the request. Only that of a Model that was not ready stays open, so that
 the Model keeps starting while requests for it are served elsewhere. Proxy, in proxy.py, is the
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from kubeai._prompt import Prompt
     from kubeai.gateway.endpoint_pool import EndpointPool
     from kubeai.openai.request import InferenceRequest
-    from kubeai.routing.channel import MoveReason
+    from kubeai.routing.channel import FallbackReason
     from kubeai.routing.routes import Route
     from kubeai.routing.table import RoutedModel
 
@@ -55,7 +56,7 @@ log = get_logger(__name__)
 ANSWERED_BY = b"X-KubeAI-Model"
 
 # Errors of a hold after which another Model is tried.
-_REASONS: dict[str | None, MoveReason] = {
+_REASONS: dict[str | None, FallbackReason] = {
     CANNOT_START: "blocked",
     UNAVAILABLE: "blocked",
     "overloaded": "saturated",
@@ -65,7 +66,7 @@ _REASONS: dict[str | None, MoveReason] = {
 
 
 class Fallbacks:
-    """The Models that a request may still be moved to. Created when it may have to leave its own.
+    """The Models that a request may still fall back to. Created when it may have to leave its own.
 
     After a canary, the first of them is the Model that was asked for.
     """
@@ -293,10 +294,10 @@ class FallbackRequest(AdmittedRequest):
         finally:
             admission.close()
 
-    # -- moves -------------------------------------------------------------------------------------
+    # -- falling back ------------------------------------------------------------------------------
 
     def _others(self) -> list[RoutedModel]:
-        """The Models that the request may be moved to, in order."""
+        """The Models that the request may fall back to, in order."""
         if self._is_pinned:
             return []
         asked = self._asked or self._routed
@@ -330,7 +331,7 @@ class FallbackRequest(AdmittedRequest):
             return True
         return block.fails_at_s > asyncio.get_running_loop().time()
 
-    async def _fall_back(self, reason: MoveReason, error: BadRequest) -> Reservation:
+    async def _fall_back(self, reason: FallbackReason, error: BadRequest) -> Reservation:
         """Leave the current Model, which cannot serve the request. ``error``: if none else can."""
         if reservation := await self._take_first(reason):
             return reservation
@@ -338,17 +339,17 @@ class FallbackRequest(AdmittedRequest):
         if other is None:
             raise error
         self._request.serve_as(other.route.model, self._adapter_at(other))
-        self._move(other, self._prompt_for(other), reason)
+        self._switch(other, self._prompt_for(other), reason)
         return await self._hold()
 
-    async def _take_first(self, reason: MoveReason) -> Reservation | None:
+    async def _take_first(self, reason: FallbackReason) -> Reservation | None:
         for other in self._others():
             if self._can_serve(other) and (reservation := await self._take(other, reason)):
                 return reservation
         return None
 
-    async def _take(self, other: RoutedModel, reason: MoveReason) -> Reservation | None:
-        """Move the request to a Model if one of its endpoints can serve it now."""
+    async def _take(self, other: RoutedModel, reason: FallbackReason) -> Reservation | None:
+        """FallbackCount the request to a Model if one of its endpoints can serve it now."""
         watcher = self.context.hold_watcher
         fallbacks = self._fallbacks
         assert fallbacks is not None, "there are others"
@@ -365,7 +366,7 @@ class FallbackRequest(AdmittedRequest):
                 watcher.on_hold(self.request_id)
             return None
         fallbacks.is_held = False
-        self._move(other, prompt, reason)
+        self._switch(other, prompt, reason)
         return reservation
 
     def _prompt_for(self, other: RoutedModel) -> Prompt:
@@ -374,15 +375,15 @@ class FallbackRequest(AdmittedRequest):
             return self._prompt  # its length counts; reading it again would block the event loop
         return openai.prompt_of(other.picker, self._request, self.context.logs_prompts)
 
-    def _move(self, other: RoutedModel, prompt: Prompt, reason: MoveReason) -> None:
+    def _switch(self, other: RoutedModel, prompt: Prompt, reason: FallbackReason) -> None:
         """Continue the request at another Model, by whose name it is already known."""
         left, fallbacks, admission = self._routed, self._fallbacks, self._admission
         assert fallbacks is not None, "there are others"
-        assert admission is not None, "only admitted requests are moved"
+        assert admission is not None, "only admitted requests fall back"
         name = other.route.model
-        self.context.moves.add(left.route.model, name, reason)
+        self.context.fallback_counts.add(left.route.model, name, reason)
         log.info(
-            "request moved to a fallback",
+            "request falls back",
             request_id=self.request_id,
             model=left.route.model,
             fallback=name,
@@ -417,7 +418,7 @@ class FallbackRequest(AdmittedRequest):
     def _say_who(self, name: str) -> None:
         asked = self._asked
         if self.begun and self._kind is not Kind.REALTIME:
-            self.comment(f"moved to the model {name}".encode())
+            self.comment(f"fallback: the model {name}".encode())
         elif asked is not None and asked.route.model == name:
             self.drop_response_header(ANSWERED_BY)
         else:

@@ -32,8 +32,8 @@ from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.gateway.access_log import make_observers
 from kubeai.gateway.context import Context
+from kubeai.gateway.fallback_counts import FallbackCounter
 from kubeai.gateway.local_routes import make_runner
-from kubeai.gateway.moves import Moves
 from kubeai.gateway.server import Server
 from kubeai.logs import get_logger, setup_logging
 from kubeai.routing.channel import (
@@ -71,7 +71,7 @@ class Worker:
         self._index = PrefixIndex.attach(settings.index_fd, settings.column)
         self._server = Server(self._context, self._table, self._index)
         self._channel = Channel(Down, self._on_message, self._channel_ended)
-        self._context.moves = Moves(self._channel.send)
+        self._context.fallback_counts = FallbackCounter(self._channel.send)
         self._started = asyncio.Event()  # the first routing table has arrived
         self._stopped: asyncio.Future[Drain] = asyncio.get_running_loop().create_future()
 
@@ -96,7 +96,7 @@ class Worker:
             self._server.close()
             await self._context.stored_responses.close()
             await runner.cleanup()
-            self._context.moves.flush()
+            self._context.fallback_counts.flush()
             self._channel.close()
 
     async def _serve(self, local_routes: web.Server) -> None:

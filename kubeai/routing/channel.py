@@ -108,28 +108,28 @@ class Streams(msgspec.Struct, frozen=True, tag="streams", array_like=True):
     reports: tuple[StreamReport, ...]
 
 
-MoveReason = Literal["not_ready", "blocked", "failing", "saturated"]
+FallbackReason = Literal["not_ready", "blocked", "failing", "saturated"]
 
 
-class Move(msgspec.Struct, frozen=True, array_like=True):
-    """How many requests have left a Model for one of its fallbacks, for one reason."""
+class FallbackCount(msgspec.Struct, frozen=True, array_like=True):
+    """How many requests have left a Model for another one, for one reason."""
 
     model: str
     fallback: str
-    reason: MoveReason
+    reason: FallbackReason
     count: int
 
 
-class Moves(msgspec.Struct, frozen=True, tag="moves", array_like=True):
-    """A worker's requests that have been moved since its last message of this kind."""
+class FallbackReport(msgspec.Struct, frozen=True, tag="fallbacks", array_like=True):
+    """A worker's requests that have fallen back since its last report."""
 
-    moves: tuple[Move, ...]
+    counts: tuple[FallbackCount, ...]
 
 
 REPORT_INTERVAL_S = 1.0
 
 Down = Snapshot | Delta | Drain
-Up = Ready | Demand | Streams | Moves
+Up = Ready | Demand | Streams | FallbackReport
 
 
 class Channel(asyncio.Protocol):

@@ -1,6 +1,6 @@
-"""How many requests the workers have moved to fallbacks, for ``/metrics``.
+"""How many requests have fallen back, for ``/metrics``.
 
-:class:`FallbackCounts` adds up what the workers and the messenger report each second. What a
+:class:`FallbackMetrics` adds up what the workers and the messenger report each second. What a
 process counted after its last report is lost when it is killed. Owned by the supervisor.
 """
 
@@ -13,20 +13,20 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
-from kubeai.routing.channel import MoveReason, Moves
+from kubeai.routing.channel import FallbackReason, FallbackReport
 
 
-class FallbackCounts(Collector):
+class FallbackMetrics(Collector):
     """See the module. ``models``: the names of all Models; counts of others are dropped."""
 
     def __init__(self, models: Callable[[], Collection[str]]) -> None:
         self._models = models
-        self._counts: Counter[tuple[str, str, MoveReason]] = Counter()
+        self._counts: Counter[tuple[str, str, FallbackReason]] = Counter()
 
-    def report(self, moves: Moves) -> None:
+    def report(self, report: FallbackReport) -> None:
         """Take in a process's report."""
-        for move in moves.moves:
-            self._counts[move.model, move.fallback, move.reason] += move.count
+        for one in report.counts:
+            self._counts[one.model, one.fallback, one.reason] += one.count
 
     def describe(self) -> Iterable[Metric]:
         """No metrics. Without this method, the registry collects once during registration."""
@@ -40,7 +40,7 @@ class FallbackCounts(Collector):
             del self._counts[names]
         family = CounterMetricFamily(
             "kubeai_fallbacks",
-            "Total number of requests that another Model served or was to serve, by reason.",
+            "Total number of requests that left a model for a fallback, by reason.",
             labels=("request_model", "fallback", "reason"),
         )
         for names, count in sorted(self._counts.items()):

@@ -35,7 +35,7 @@ from kubeai.supervisor.cache_sizes import CacheSizes
 from kubeai.supervisor.console.app import Console
 from kubeai.supervisor.console.state import Fleet, ModelSummary, Worker
 from kubeai.supervisor.console.traffic import Traffic
-from kubeai.supervisor.fallbacks import FallbackCounts
+from kubeai.supervisor.fallbacks import FallbackMetrics
 from kubeai.supervisor.listeners import listen, parse_address
 from kubeai.supervisor.loads import AllLoads
 from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
@@ -158,7 +158,7 @@ class Supervisor:
                 synced=lambda: self.synced,
                 local=local,
             )
-        self._fallbacks = FallbackCounts(self.publisher.models)
+        self._fallbacks = FallbackMetrics(self.publisher.models)
         self.port: int = listeners[0].getsockname()[1] if listeners else 0
         start = partial(
             WorkerProcess,
@@ -170,7 +170,7 @@ class Supervisor:
             snapshot=self._snapshot,
             on_ready=self._worker_ready,
             on_demand=self.operator.demand,
-            on_moves=self._fallbacks.report,
+            on_fallbacks=self._fallbacks.report,
             spawn=spawn,
         )
         self._workers = [start(column, sock) for column, sock in enumerate(listeners)]

@@ -16,7 +16,16 @@ from kubeai.api.config.system import GatewayConfig, Messaging
 from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
 from kubeai.processes import Command, Process, Spawn
-from kubeai.routing.channel import Channel, Demand, Down, Moves, Ready, Streams, Up, WorkerSettings
+from kubeai.routing.channel import (
+    Channel,
+    Demand,
+    Down,
+    FallbackReport,
+    Ready,
+    Streams,
+    Up,
+    WorkerSettings,
+)
 from kubeai.routing.routes import Snapshot
 
 log = get_logger(__name__)
@@ -49,7 +58,7 @@ class WorkerProcess:
         module: str = WORKER,
         messaging: Messaging | None = None,
         on_streams: Callable[[Streams], None] = lambda _: None,
-        on_moves: Callable[[Moves], None] = lambda _: None,
+        on_fallbacks: Callable[[FallbackReport], None] = lambda _: None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         """``listener``: None for the messenger.
@@ -62,7 +71,7 @@ class WorkerProcess:
         of a model for which it holds a request.
 
         ``module``: what the process runs. ``on_streams``: called with the messenger's reports.
-        ``on_moves``: called with the counts of requests that it has moved to fallbacks.
+        ``on_fallbacks``: called with the counts of requests that fell back.
         ``on_end``: called when the process has ended.
         """
         self.column = column
@@ -83,7 +92,7 @@ class WorkerProcess:
         self._module = module
         self._messaging = messaging
         self._on_streams = on_streams
-        self._on_moves = on_moves
+        self._on_fallbacks = on_fallbacks
         self._on_end = on_end
         self._channel: Channel | None = None
         self._process: Process | None = None
@@ -152,8 +161,8 @@ class WorkerProcess:
             self._on_demand(message.model)
         elif isinstance(message, Streams):
             self._on_streams(message)
-        elif isinstance(message, Moves):
-            self._on_moves(message)
+        elif isinstance(message, FallbackReport):
+            self._on_fallbacks(message)
 
     def send(self, message: Down) -> None:
         """Send a message to the process; dropped if it does not run."""

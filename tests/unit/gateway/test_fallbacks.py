@@ -10,7 +10,7 @@ from fakes.wire import CHUNKED, Engine, Message, Wire, answer, chunk, post, says
 from fakes.world import World
 
 from kubeai.gateway.fallback import FallbackRequest
-from kubeai.routing.channel import Move, Moves
+from kubeai.routing.channel import FallbackCount, FallbackReport
 from kubeai.routing.routes import Block
 
 CHAT = "/v1/chat/completions"
@@ -51,7 +51,7 @@ async def got(world: World, request: bytes) -> Message:
 
 
 def moves(world: World) -> dict[tuple[str, str, str], int]:
-    return dict(world.context.moves._counts)
+    return dict(world.context.fallback_counts._counts)
 
 
 def by(answered: Message, name: str, asked: str = "m") -> None:
@@ -68,7 +68,7 @@ async def test_a_model_that_is_not_ready_is_started_while_a_fallback_answers(fal
     world.route("m", {}, **NOW)
     by(await got(world, ask()), "b")
     assert world.demanded == ["m"]
-    assert moves(world) == {("m", "b", "not_ready"): 1}
+    assert fallbacks(world) == {("m", "b", "not_ready"): 1}
     assert (sum(world.outcomes("m").values()), world.outcomes("b")["2xx"]) == (0, 1)
 
 
@@ -91,7 +91,7 @@ async def test_a_request_waits_for_its_model_before_it_falls_back(fallen):
     await until(lambda: world.held("m") == 1)
     world.route("m", {"m-1": await world.engine(echo)}, **NOW)
     by(await wire.answer(), "m")
-    assert moves(world) == {}
+    assert fallbacks(world) == {}
 
 
 @pytest.mark.parametrize("block", [BLOCK, Block("OutOfMemory", "no", 0.0, retry=False)])
@@ -100,7 +100,7 @@ async def test_a_model_that_cannot_start_is_not_waited_for(fallen, block):
     world.route("m", {}, block=block, fallbacks=("b",), wait_before_fallback_s=60.0)
     by(await got(world, ask()), "b")
     assert world.demanded == []
-    assert moves(world) == {("m", "b", "blocked"): 1}
+    assert fallbacks(world) == {("m", "b", "blocked"): 1}
 
 
 @pytest.mark.parametrize("script", [failing(500), failing(503), failing(599), lose])
@@ -112,7 +112,7 @@ async def test_a_model_whose_endpoints_all_fail_falls_back(fallen, script):
     world.route("m", bad, **NOW)
     by(await got(world, ask()), "b")
     assert sum(len(engine.requests) for engine in bad.values()) >= 1
-    assert moves(world) == {("m", "b", "failing"): 1}
+    assert fallbacks(world) == {("m", "b", "failing"): 1}
     assert world.outcomes("m")["retried"] >= 1
 
 
@@ -142,7 +142,7 @@ async def test_a_response_that_is_no_failure_is_passed_on(fallen, status):
     world.route("m", {"m-1": await world.engine(failing(status))}, **NOW)
     answered = await got(world, ask())
     assert (answered.status, answered.body) == (status, b"failed")
-    assert moves(world) == {}
+    assert fallbacks(world) == {}
 
 
 async def test_a_request_that_crashes_its_engine_crashes_no_other(fallen):
@@ -157,7 +157,7 @@ async def test_a_request_that_crashes_its_engine_crashes_no_other(fallen):
     wire = await world.client()
     await wire.send(ask())
     assert (await error_of(wire, 502))["code"] == "engine_died"
-    assert moves(world) == {}
+    assert fallbacks(world) == {}
 
 
 async def test_a_response_that_has_begun_stays_where_it_is(fallen):
@@ -173,7 +173,7 @@ async def test_a_response_that_has_begun_stays_where_it_is(fallen):
     head = await wire.head()
     assert head.status == 200
     await wire.reader.read()
-    assert moves(world) == {}
+    assert fallbacks(world) == {}
 
 
 # -- saturation: a hold although the Model has endpoints -------------------------------------------
@@ -210,7 +210,7 @@ async def test_a_saturated_model_spills_to_its_fallback(fallen, room):
     world = await fallen()
     world.route("m", {"m-1": await world.engine(echo)}, **NOW)
     by(await got(world, ask("m", SLOW_PATH)), "b")
-    assert moves(world) == {("m", "b", "saturated"): 1}
+    assert fallbacks(world) == {("m", "b", "saturated"): 1}
 
 
 async def test_a_saturated_model_starts_its_fallback_and_waits_for_its_own_room(fallen, room):
@@ -222,7 +222,7 @@ async def test_a_saturated_model_starts_its_fallback_and_waits_for_its_own_room(
     await until(lambda: world.demanded == ["b"])
     room.set()
     by(await wire.answer(), "m")
-    assert moves(world) == {}
+    assert fallbacks(world) == {}
 
 
 # -- where -----------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ async def test_a_failing_fallback_is_left_for_the_next(fallen):
     world.route("c", {"c-1": await world.engine(failing(503))})
     world.route("m", {"m-1": await world.engine(failing(500))}, fallbacks=("c", "b"))
     by(await got(world, ask()), "b")
-    assert moves(world) == {("m", "c", "failing"): 1, ("c", "b", "failing"): 1}
+    assert fallbacks(world) == {("m", "c", "failing"): 1, ("c", "b", "failing"): 1}
     assert world.outcomes("c")["retried"] == 1
 
 
@@ -253,7 +253,7 @@ async def test_the_last_failure_is_passed_on_when_all_fail(fallen):
     world.route("m", {"m-1": await world.engine(failing(500))}, fallbacks=("b",))
     answered = await got(world, ask())
     assert (answered.status, answered.body) == (503, b"failed")
-    assert moves(world) == {("m", "b", "failing"): 1}, "a fallback's fallbacks do not count"
+    assert fallbacks(world) == {("m", "b", "failing"): 1}, "a fallback's fallbacks do not count"
 
 
 async def test_a_fallback_that_the_selector_excludes_is_skipped(fallen):
@@ -380,7 +380,7 @@ async def test_a_stream_that_has_begun_with_comments_falls_back(fallen):
     world.route("m", {}, fallbacks=("b",), wait_before_fallback_s=0.05)
     answered = await got(world, ask(stream=True))
     assert answered.body.startswith(b": waiting for a replica")
-    assert b": moved to the model b\n\n" in answered.body
+    assert b": fallback: the model b\n\n" in answered.body
     assert answered.body.endswith(b'data: {"model":"m"}\n\n')
     assert answered.one("x-kubeai-model") is None
 
@@ -414,7 +414,7 @@ async def test_a_request_that_continues_a_response_stays_with_the_replica_that_h
     world.route("m", {"m-1": m, "m-2": other}, **NOW)
     continued = ask(path="/v1/responses", previous_response_id="resp_x")
     assert (await got(world, continued)).status == 503
-    assert moves(world) == {}
+    assert fallbacks(world) == {}
 
 
 async def test_a_response_that_a_fallback_made_is_continued_there(fallen):
@@ -451,15 +451,15 @@ async def test_a_message_takes_a_handler_again_before_it_falls_back(fallen):
     assert calls == ["hold", "endpoint"]
 
 
-async def test_moves_are_sent_once_a_second(fallen):
+async def test_counts_are_sent_together(fallen):
     world = await fallen()
     sent: list[object] = []
-    world.context.moves._send = sent.append
+    world.context.fallback_counts._send = sent.append
     world.route("m", {}, **NOW)
     for _ in range(3):
         by(await got(world, ask()), "b")
-    world.context.moves.flush()
+    world.context.fallback_counts.flush()
     (message,) = sent
-    assert message == Moves((Move("m", "b", "not_ready", 3),))
-    world.context.moves.flush()
+    assert message == FallbackReport((FallbackCount("m", "b", "not_ready", 3),))
+    world.context.fallback_counts.flush()
     assert len(sent) == 1

@@ -1,4 +1,4 @@
-"""Counts the requests that a worker moves to fallbacks, for the supervisor's metrics."""
+"""Counts the requests of a worker that fall back, for the supervisor's metrics."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 
-from kubeai.routing.channel import Move, MoveReason
-from kubeai.routing.channel import Moves as MovesMessage
+from kubeai.routing.channel import FallbackCount, FallbackReason, FallbackReport
 
 INTERVAL_S = 1.0
 
 
-class Moves:
-    """Counts the requests that a worker moves, and sends the counts to the supervisor."""
+class FallbackCounter:
+    """See the module. ``send``: sends a report to the supervisor."""
 
-    def __init__(self, send: Callable[[MovesMessage], None] = lambda _: None) -> None:
+    def __init__(self, send: Callable[[FallbackReport], None] = lambda _: None) -> None:
         self._send = send
-        self._counts: Counter[tuple[str, str, MoveReason]] = Counter()
+        self._counts: Counter[tuple[str, str, FallbackReason]] = Counter()
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, model: str, fallback: str, reason: MoveReason) -> None:
+    def add(self, model: str, fallback: str, reason: FallbackReason) -> None:
         """Count a request that leaves a Model. Sent within ``INTERVAL_S``."""
         self._counts[model, fallback, reason] += 1
         if self._timer is None:
@@ -33,6 +32,6 @@ class Moves:
             self._timer.cancel()
             self._timer = None
         if self._counts:
-            moves = (Move(*names, count) for names, count in self._counts.items())
-            self._send(MovesMessage(tuple(moves)))
+            counts = (FallbackCount(*names, count) for names, count in self._counts.items())
+            self._send(FallbackReport(tuple(counts)))
             self._counts.clear()
