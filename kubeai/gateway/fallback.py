@@ -349,7 +349,7 @@ class FallbackRequest(AdmittedRequest):
         return None
 
     async def _take(self, other: RoutedModel, reason: FallbackReason) -> Reservation | None:
-        """FallbackCount the request to a Model if one of its endpoints can serve it now."""
+        """Switch to a Model if one of its endpoints can serve the request now."""
         watcher = self.context.hold_watcher
         fallbacks = self._fallbacks
         assert fallbacks is not None, "there are others"

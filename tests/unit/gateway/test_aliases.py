@@ -14,6 +14,7 @@ from kubeai.gateway.local_routes import make_app
 from kubeai.gateway.proxy import Proxy
 
 CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "Hello"}]
 ALIASES = ("meta-llama/Llama-3.1-8B-Instruct", "gpt-4o", "qwen2.5:7b", "my_model", 'Ü "quoted" \\')
 EVENTS = b'data: {"model":"m","choices":[{"text":"\\"model\\":\\"m\\""}]}\n\ndata: [DONE]\n\n'
 
@@ -201,5 +202,5 @@ async def test_ollamas_clients_chat_by_alias(start, name):
         address = served.url.removeprefix("http://")
         aliases = ("x:7b", "y", "z:latest")
         world.route("m", {"m-0": address}, engine="OLlama", aliases=aliases)
-        answered = await got(world, name, path="/api/chat", messages=[], stream=False)
+        answered = await got(world, name, path="/api/chat", messages=HELLO, stream=False)
         assert (answered.status, json.loads(answered.body)["model"]) == (200, name)

@@ -50,7 +50,7 @@ async def got(world: World, request: bytes) -> Message:
     return await wire.answer()
 
 
-def moves(world: World) -> dict[tuple[str, str, str], int]:
+def fallbacks(world: World) -> dict[tuple[str, str, str], int]:
     return dict(world.context.fallback_counts._counts)
 
 
