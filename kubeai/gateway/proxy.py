@@ -239,7 +239,9 @@ class Proxy(FallbackRequest):
 
         Also reads the client's limit on the wait for an endpoint.
         """
-        routed = find_model(self.context.models, self.context.aliases, request)
+        routed = self.context.routes.find(request.name)
+        if routed is None or request.adapter is not None:
+            routed = find_model(self.context.models, self.context.aliases, request)
         if routed is None or not self._may_use(routed.route):
             raise model_not_found(request.model)
         check_engine(request.kind, routed.route)
