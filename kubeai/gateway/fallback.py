@@ -298,7 +298,7 @@ class FallbackRequest(AdmittedRequest):
 
     def _others(self) -> list[RoutedModel]:
         """The Models that the request may fall back to, in order."""
-        if self._is_pinned:
+        if self._is_pinned or self._request.previous_response_id is not None:
             return []
         asked = self._asked or self._routed
         if self._fallbacks is None:
@@ -359,6 +359,9 @@ class FallbackRequest(AdmittedRequest):
         before = request.name, request.adapter
         request.serve_as(other.route.model, self._adapter_at(other))
         prompt = self._prompt_for(other)
+        candidates = self._candidates
+        if candidates is not None:
+            candidates = other.picker.explain(prompt, request.adapter)
         reservation = other.pick(prompt, request.adapter)
         if reservation is None:
             request.serve_as(*before)
@@ -367,6 +370,7 @@ class FallbackRequest(AdmittedRequest):
             return None
         fallbacks.is_held = False
         self._switch(other, prompt, reason)
+        self._candidates = candidates
         return reservation
 
     def _prompt_for(self, other: RoutedModel) -> Prompt:

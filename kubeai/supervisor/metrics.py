@@ -29,6 +29,7 @@ from kubeai._load import ITERATION_BUCKETS, LoadTable
 from kubeai._readings import picks
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import RequestType, Route
+from kubeai.supervisor.fallbacks import FallbackMetrics
 
 REQUESTS = "kubeai_inference_requests"
 _REQUEST_TYPES: tuple[RequestType, ...] = ("http", "message")
@@ -38,8 +39,7 @@ class Metrics:
     """All metrics of this KubeAI replica.
 
     ``peers``: seconds since each other replica last reported its loads, by address. ``streams``:
-    of the message streams; None: there are none. ``collectors``: of what else is not in the load
-    table.
+    of the message streams; None: there are none.
     """
 
     def __init__(
@@ -48,14 +48,13 @@ class Metrics:
         publisher: Publisher,
         peers: Callable[[], Mapping[str, float]] = dict,
         streams: Collector | None = None,
-        collectors: Iterable[Collector] = (),
     ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(LoadCollector(table, publisher, peers))
+        self.fallbacks = FallbackMetrics(publisher.models)  # of what the workers report
+        self._registry.register(self.fallbacks)
         if streams is not None:
             self._registry.register(streams)
-        for collector in collectors:
-            self._registry.register(collector)
         ProcessCollector(registry=self._registry)  # the supervisor's process
 
     def render(self, accept: str) -> tuple[bytes, str]:

@@ -35,7 +35,6 @@ from kubeai.supervisor.cache_sizes import CacheSizes
 from kubeai.supervisor.console.app import Console
 from kubeai.supervisor.console.state import Fleet, ModelSummary, Worker
 from kubeai.supervisor.console.traffic import Traffic
-from kubeai.supervisor.fallbacks import FallbackMetrics
 from kubeai.supervisor.listeners import listen, parse_address
 from kubeai.supervisor.loads import AllLoads
 from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
@@ -158,7 +157,13 @@ class Supervisor:
                 synced=lambda: self.synced,
                 local=local,
             )
-        self._fallbacks = FallbackMetrics(self.publisher.models)
+        self._streams = MessageStreams(config.messaging)
+        self._metrics = Metrics(
+            self.table,
+            self.publisher,
+            self.peers.silences_s,
+            self._streams if has_streams else None,
+        )
         self.port: int = listeners[0].getsockname()[1] if listeners else 0
         start = partial(
             WorkerProcess,
@@ -170,11 +175,10 @@ class Supervisor:
             snapshot=self._snapshot,
             on_ready=self._worker_ready,
             on_demand=self.operator.demand,
-            on_fallbacks=self._fallbacks.report,
+            on_fallbacks=self._metrics.fallbacks.report,
             spawn=spawn,
         )
         self._workers = [start(column, sock) for column, sock in enumerate(listeners)]
-        self._streams = MessageStreams(config.messaging)
         # None: the config has no message streams.
         self._messenger: WorkerProcess | None = None
         self._pod_condition: PodCondition | None = None
@@ -193,13 +197,6 @@ class Supervisor:
                     kube, namespace, pod, lambda: self._streams.problems
                 )
         self._processes = [*self._workers, *filter(None, [self._messenger])]
-        self._metrics = Metrics(
-            self.table,
-            self.publisher,
-            self.peers.silences_s,
-            self._streams if has_streams else None,
-            (self._fallbacks,),
-        )
         self._stop = asyncio.Event()
         self._signals = 0
 

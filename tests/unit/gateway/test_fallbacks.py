@@ -417,6 +417,22 @@ async def test_a_request_that_continues_a_response_stays_with_the_replica_that_h
     assert fallbacks(world) == {}
 
 
+async def test_a_request_that_continues_a_response_which_nobody_has_does_not_fall_back(fallen):
+    world = await fallen(retries=0)
+    world.route("b", {})
+    world.route("m", {"m-1": await world.engine(failing(503))}, **NOW)
+    continued = ask(path="/v1/responses", previous_response_id="resp_x")
+    assert (await got(world, continued)).status == 503
+    assert fallbacks(world) == {}
+
+
+async def test_the_pick_of_a_fallback_is_explained(fallen):
+    world = await fallen(explain=True)
+    world.route("m", {}, **NOW)
+    answered = await got(world, ask("m", "X-KubeAI-Explain: 1"))
+    assert "b-1" in answered.one("x-kubeai-explain")
+
+
 async def test_a_response_that_a_fallback_made_is_continued_there(fallen):
     world = await fallen()
 
