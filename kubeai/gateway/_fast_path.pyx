@@ -36,7 +36,7 @@ from kubeai._load cimport (
 )
 from kubeai._pick cimport Picker
 from kubeai._prompt cimport Prompt
-from kubeai.gateway._names cimport engines_body, find_model, renaming_of
+from kubeai.gateway._names cimport engines_json, find_model, renaming_of
 from kubeai.gateway.relay._early cimport EarlyStream
 from kubeai.gateway.relay._exchange cimport Pool
 from kubeai.gateway.relay._text cimport Text, is_name
@@ -177,13 +177,15 @@ cdef class FastPath(EarlyStream):
         if routed is None or request.adapter is not None:
             self.on_body()
             return 0
-        if request.name in context.canaried:
+        if context.canaried and request.name in context.canaried:
             routed = self.split(request, routed)
         picker = <Picker?> routed.picker
         self._routed = routed
         self._prompt = prompt_for(picker, request, context.logs_prompts)
-        self._payload = engines_body(request, self.body)
-        self.renaming = renaming_of(request)
+        self._payload = self.body
+        if request.is_renamed:
+            self._payload = request.with_model(engines_json(request))
+            self.renaming = renaming_of(request)
         self._admission = admit(
             picker.ring.table, picker.ring.row, picker.ring.generation, context.request_type
         )

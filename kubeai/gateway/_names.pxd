@@ -6,4 +6,4 @@ from kubeai.openai._body_scan cimport InferenceRequest
 
 cpdef object find_model(dict models, dict aliases, InferenceRequest request)
 cpdef Renaming renaming_of(InferenceRequest request)
-cdef bytes engines_body(InferenceRequest request, bytes body)
+cdef bytes engines_json(InferenceRequest request)

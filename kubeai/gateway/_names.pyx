@@ -47,14 +47,12 @@ cpdef Renaming renaming_of(InferenceRequest request):
     """See the stub."""
     if not request.is_renamed:
         return None
-    return Renaming(encode(request.engines_name), request.asked)
+    return Renaming(engines_json(request), request.asked)
 
 
-cdef bytes engines_body(InferenceRequest request, bytes body):
-    """The body to send to the engine, which gets its own name of the model."""
-    if not request.is_renamed:
-        return body
-    return request.with_model(encode(request.engines_name))
+cdef bytes engines_json(InferenceRequest request):
+    """The name by which the engine knows the model, as a JSON string."""
+    return encode(request.name if request.adapter is None else request.adapter)
 
 
 def bucket_of(str model not None, bytes who not None):
