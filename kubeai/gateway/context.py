@@ -43,9 +43,10 @@ class HoldWatcher(Protocol):
         """The request has no endpoint, and is about to be held or rejected."""
 
     async def on_endpoint(self, request_id: str) -> None:
-        """An endpoint can serve the held request. Returns when the request may be sent there.
+        """An endpoint can serve the request. Returns when the request may be sent there.
 
-        If no endpoint is left by then, :meth:`on_hold` is called again.
+        At once if the request is not held. If no endpoint is left by then, :meth:`on_hold` may be
+        called again.
         """
 
 

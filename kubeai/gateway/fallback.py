@@ -75,7 +75,6 @@ class Fallbacks:
         "_adapter",
         "_asked",
         "admissions",
-        "is_held",
         "leaves",
         "retry_count",
         "untried",
@@ -89,7 +88,6 @@ class Fallbacks:
         self._asked, self._adapter = asked.model, adapter
         self.wait_s = asked.wait_before_fallback_s
         self.leaves = False  # the current attempt has failed, and is the last one at this Model
-        self.is_held = False  # the hold watcher follows the request as held
         self.retry_count = 0  # of the attempts at Models that it has left
         self.admissions: list[Admission] = []  # of Models that were not ready
 
@@ -198,7 +196,7 @@ class FallbackRequest(AdmittedRequest):
     @override
     async def _hold(self) -> Reservation:
         if not self._others():
-            return await self._stay()
+            return await super()._hold()
         assert self._fallbacks is not None, "there are others"
         timeout_s = self.context.config.hold_timeout_s  # for all Models together
         self._max_wait_s = min(
@@ -207,7 +205,7 @@ class FallbackRequest(AdmittedRequest):
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._fallbacks.wait_s):
-                    return await self._stay()
+                    return await super()._hold()
             if self._is_saturated():
                 return await self._take_first("saturated") or await self._stay_saturated()
             return await self._take_first("not_ready") or await self._wait_for_any()
@@ -223,21 +221,12 @@ class FallbackRequest(AdmittedRequest):
         """Whether a request that waits does so for room, not for a replica."""
         return self._routed.can_serve(self._request.adapter)
 
-    async def _stay(self) -> Reservation:
-        """Wait for an endpoint of the current Model only."""
-        if self._fallbacks is None:
-            return await super()._hold()
-        self._fallbacks.is_held = True
-        reservation = await super()._hold()
-        self._fallbacks.is_held = False
-        return reservation
-
     async def _stay_saturated(self) -> Reservation:
         """Keep waiting for room, and start a fallback, which will have some."""
         starting = self._first_at_zero()
         if starting is not None:
             self.context.demand(starting.route.model)
-        return await self._stay()
+        return await super()._hold()
 
     async def _wait_for_any(self) -> Reservation:
         """Wait for the current Model and for the fallbacks, of which one is started."""
@@ -251,17 +240,15 @@ class FallbackRequest(AdmittedRequest):
                 other = others.pop(found)
                 if reservation := await self._take(other, "not_ready"):
                     return reservation
-        return await self._stay()
+        return await super()._hold()
 
     async def _first_of(self, others: list[RoutedModel], left_s: float) -> Reservation | int:
         """A Reservation at the current Model, or which of the others can serve.
 
         Others that cannot serve within ``left_s`` are ignored.
         """
-        here = asyncio.ensure_future(self._stay())
-        ready = [
-            asyncio.ensure_future(other.wait(self._adapter_at(other), left_s)) for other in others
-        ]
+        here = asyncio.ensure_future(super()._hold())
+        ready = [asyncio.ensure_future(self._ready(other, left_s)) for other in others]
         pending: set[asyncio.Future[None] | asyncio.Future[Reservation]] = {here, *ready}
         found = None
         try:
@@ -279,6 +266,13 @@ class FallbackRequest(AdmittedRequest):
             if not here.cancelled() and here.exception() is None:
                 here.result().release()
             raise
+
+    async def _ready(self, other: RoutedModel, left_s: float) -> None:
+        """Return once another Model has an endpoint; an exception if it has none in time."""
+        adapter = self._adapter_at(other)
+        async with asyncio.timeout(left_s):
+            while not other.can_serve(adapter):
+                await other.changes.next()
 
     @contextlib.contextmanager
     def _demanded(self, other: RoutedModel | None) -> Iterator[None]:
@@ -351,9 +345,7 @@ class FallbackRequest(AdmittedRequest):
     async def _take(self, other: RoutedModel, reason: FallbackReason) -> Reservation | None:
         """Switch to a Model if one of its endpoints can serve the request now."""
         watcher = self.context.hold_watcher
-        fallbacks = self._fallbacks
-        assert fallbacks is not None, "there are others"
-        if watcher is not None and fallbacks.is_held:
+        if watcher is not None:
             await watcher.on_endpoint(self.request_id)
         request = self._request
         before = request.name, request.adapter
@@ -365,10 +357,7 @@ class FallbackRequest(AdmittedRequest):
         reservation = other.pick(prompt, request.adapter)
         if reservation is None:
             request.serve_as(*before)
-            if watcher is not None and fallbacks.is_held:
-                watcher.on_hold(self.request_id)
             return None
-        fallbacks.is_held = False
         self._switch(other, prompt, reason)
         self._candidates = candidates
         return reservation

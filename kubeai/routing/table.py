@@ -18,6 +18,7 @@ from kubeai._pick import Picker
 from kubeai._prefix import PrefixIndex
 from kubeai._prompt import Prompt
 from kubeai._ring import Ring
+from kubeai.routing.changes import Changes
 from kubeai.routing.routes import Block, Delta, Endpoint, RequestType, Route, Snapshot
 
 # After panic mode, an endpoint is not probed until this long after its last failure.
@@ -219,6 +220,7 @@ class RoutedModel:
         self._departed: list[tuple[Endpoint, EndpointConnections]] = []
         self._waiters: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._gone = False
+        self.changes = Changes()
         self.update(route)
 
     # -- for exchanges -----------------------------------------------------------------------------
@@ -443,6 +445,7 @@ class RoutedModel:
             if not waiter.done() and concerned():
                 waiter.set_result(None)
         self._move_off_departed()
+        self.changes.notify()
 
     def end(self) -> None:
         """The model was deleted: wake all waiting requests and close its connections."""
@@ -457,6 +460,7 @@ class RoutedModel:
         self._departed.clear()
         self.route = replace(self.route, endpoints=())
         self._endpoints.clear()
+        self.changes.notify()
 
     def _set_endpoint(self, endpoint: Endpoint, known: Endpoint | None) -> None:
         place = (endpoint.address, endpoint.row, endpoint.generation)

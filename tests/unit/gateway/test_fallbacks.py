@@ -9,6 +9,7 @@ from fakes.chats import ask, error_of, failing, hang, lose
 from fakes.wire import CHUNKED, Engine, Message, Wire, answer, chunk, post, says, until
 from fakes.world import World
 
+from kubeai.gateway.attempts import AdmittedRequest
 from kubeai.gateway.fallback import FallbackRequest
 from kubeai.routing.channel import FallbackCount, FallbackReport
 from kubeai.routing.routes import Block
@@ -183,7 +184,7 @@ async def test_a_response_that_has_begun_stays_where_it_is(fallen):
 def room(monkeypatch):
     """Have all endpoints of `m` be full until the event is set."""
     room = asyncio.Event()
-    hold = FallbackRequest._stay
+    hold = AdmittedRequest._hold
 
     async def stay(self):
         if self._request.name == "m":
@@ -198,7 +199,7 @@ def room(monkeypatch):
             reservation.release()
         self.wait_for_endpoint()
 
-    monkeypatch.setattr(FallbackRequest, "_stay", stay)
+    monkeypatch.setattr(AdmittedRequest, "_hold", stay)
     monkeypatch.setattr(FallbackRequest, "_place", place)
     return room
 
