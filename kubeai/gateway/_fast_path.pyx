@@ -186,6 +186,7 @@ cdef class FastPath(EarlyStream):
         if request.is_renamed:
             self._payload = request.with_model(engines_json(request))
             self.renaming = renaming_of(request)
+            self.set_header(b"accept-encoding", b"identity")  # a compressed one cannot be read
         self._admission = admit(
             picker.ring.table, picker.ring.row, picker.ring.generation, context.request_type
         )

@@ -68,7 +68,7 @@ _REASONS: dict[str | None, FallbackReason] = {
 class Fallbacks:
     """The Models that a request may still fall back to. Created when it may have to leave its own.
 
-    After a canary, the first of them is the Model that was asked for.
+    After a canary, the first of them is the Model that was asked for, and no wait precedes it.
     """
 
     __slots__ = (
@@ -86,7 +86,7 @@ class Fallbacks:
         names.pop(current.model, None)
         self.untried = list(names)
         self._asked, self._adapter = asked.model, adapter
-        self.wait_s = asked.wait_before_fallback_s
+        self.wait_s = 0.0 if current.model != asked.model else asked.wait_before_fallback_s
         self.leaves = False  # the current attempt has failed, and is the last one at this Model
         self.retry_count = 0  # of the attempts at Models that it has left
         self.admissions: list[Admission] = []  # of Models that were not ready
@@ -398,7 +398,7 @@ class FallbackRequest(AdmittedRequest):
 
     def _rename(self) -> None:
         """Give the engine its name of the model, and the response the client's."""
-        self.renaming = renaming_of(self._request)
+        self._name_response(self._request)
         if self._payload is not None:
             self._payload = self._request.with_model(openai.json_string(self._request.engines_name))
             self.drop_header(b"content-encoding")  # the payload is what was read
@@ -407,6 +407,12 @@ class FallbackRequest(AdmittedRequest):
             self._path = f"{self._kind.value}?{engines_query(query, self._request)}".encode(
                 "latin-1"
             )
+
+    def _name_response(self, request: InferenceRequest) -> None:
+        """Have the response name the model as the request does."""
+        self.renaming = renaming_of(request)
+        if self.renaming is not None:  # a compressed response cannot be read
+            self.set_header(b"accept-encoding", b"identity")
 
     def _say_who(self, name: str) -> None:
         asked = self._asked

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 from typing_extensions import override
 
 from kubeai._prompt import Prompt
-from kubeai.gateway._names import find_model, prompt_id, renaming_of
+from kubeai.gateway._names import find_model, prompt_id
 from kubeai.gateway.bodies import check_coding, read_body
 from kubeai.gateway.console import CONSOLE_BODY_MAX_BYTES, check_request, is_console
 from kubeai.gateway.fallback import ANSWERED_BY, FallbackRequest
@@ -223,7 +223,7 @@ class Proxy(FallbackRequest):
         self._request = request
         self._routed = routed
         self._admission = routed.admit(self.context.request_type)
-        self.renaming = renaming_of(request)
+        self._name_response(request)
         if self._prompt is None:  # an upload's
             self._prompt = Prompt()
         if self.context.explains:

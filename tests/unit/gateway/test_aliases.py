@@ -81,6 +81,13 @@ async def test_a_name_with_escapes_is_answered_as_it_was_written(world):
     assert b'"\\u0067pt-4o"' in (await wire.answer()).body
 
 
+@pytest.mark.parametrize("model", ["m", "gpt-4o", "m_fin"])
+async def test_the_engine_is_asked_for_a_response_that_can_be_renamed(world, model):
+    await got(world, model, "Accept-Encoding: gzip")
+    ((request,),) = [engine.requests for engine in world.engines.values()]
+    assert request.all("accept-encoding") == ["gzip" if model == "m" else "identity"]
+
+
 @pytest.mark.parametrize("alias", ["gpt-4o", "my_model", ALIASES[0]])
 async def test_an_alias_takes_an_adapter(world, alias):
     answered = await got(world, f"{alias}_fin")

@@ -153,8 +153,10 @@ async def test_a_canary_that_fails_is_replaced_by_its_model(split):
     assert dict(world.context.fallback_counts._counts) == {("new", "m", "failing"): 1}
 
 
-async def test_a_canary_that_is_not_ready_is_replaced_by_its_model(split):
+async def test_a_canary_that_is_not_ready_is_replaced_by_its_model_at_once(split):
     world = await split(100, canary=None)
+    world.route("m", {"m-1": await world.engine(echo)}, canary="new", canary_percent=100,
+                wait_before_fallback_s=60.0)  # fmt: skip
     assert await served_by(world, ask()) == "m"
     assert world.demanded == ["new"]
 

@@ -3,9 +3,10 @@
 import asyncio
 import gzip
 import json
+import random
 
 import pytest
-from fakes.chats import ask, error_of, failing, hang, lose
+from fakes.chats import ask, error_of, failing, hang, lose, reset
 from fakes.wire import CHUNKED, Engine, Message, Wire, answer, chunk, post, says, until
 from fakes.world import World
 
@@ -480,3 +481,44 @@ async def test_counts_are_sent_together(fallen):
     assert message == FallbackReport((FallbackCount("m", "b", "not_ready", 3),))
     world.context.fallback_counts.flush()
     assert len(sent) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_whatever_happens_each_request_gets_one_answer_and_nothing_stays_counted(start, seed):
+    chance = random.Random(seed)
+    world = await start(retries=1, hold_timeout_s=1.0, hold_max_requests=5)
+    engines = [await world.engine(script) for script in (echo, echo, failing(503), reset)]
+
+    def change() -> None:
+        """Give a Model other endpoints, or a block."""
+        name = chance.choice("abc")
+        made = {f"{name}-{i}": each for i, each in enumerate(engines) if chance.random() < 0.3}
+        world.route(
+            name,
+            made,
+            block=None if made else chance.choice([None, BLOCK, Block("Slow", "no")]),
+            fallbacks=tuple(chance.sample("abc", 2)),
+            wait_before_fallback_s=chance.choice([0.0, 0.02]),
+            canary=chance.choice(["", *"abc"]),
+            canary_percent=50,
+        )
+
+    async def request(number: int) -> None:
+        await asyncio.sleep(chance.random() * 0.3)
+        change()
+        wire = await world.client()
+        asked = chance.choice("abc")
+        await wire.send(ask(asked, messages=[{"role": "user", "content": f"{number}"}]))
+        if chance.random() < 0.2:
+            await asyncio.sleep(chance.random() * 0.05)
+            wire.reset()
+            return
+        answered = await wire.answer()
+        assert answered.status in (200, 502, 503, 504)
+        if answered.status == 200:
+            assert json.loads(answered.body)["model"] == asked
+
+    for _ in range(6):
+        change()
+    await asyncio.gather(*map(request, range(60)))
+    await world.at_rest()

@@ -35,4 +35,4 @@ def test_series_are_removed_with_either_model():
     models.discard("b")
     assert len(scrape(metrics)) == 1
     models.add("b")
-    assert len(scrape(metrics)) == 1, "a Model of the same name begins anew"
+    assert len(scrape(metrics)) == 1, "a Model of the same name begins at 0"
