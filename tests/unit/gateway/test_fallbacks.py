@@ -486,7 +486,7 @@ async def test_counts_are_sent_together(fallen):
 @pytest.mark.parametrize("seed", range(3))
 async def test_whatever_happens_each_request_gets_one_answer_and_nothing_stays_counted(start, seed):
     chance = random.Random(seed)
-    world = await start(retries=1, hold_timeout_s=1.0, hold_max_requests=5)
+    world = await start(retries=1, hold_timeout_s=1.0, hold_max_requests=5, rows=1024)
     engines = [await world.engine(script) for script in (echo, echo, failing(503), reset)]
 
     def change() -> None:
