@@ -60,6 +60,10 @@ def scenarios() -> dict[str, tuple[int, Callable[[], None]]]:
             to(request)
             back(WHOLE + answer)
 
+        def exchange(request: bytes, response: bytes, to=to_gateway, back=from_engine) -> None:
+            to(request)
+            back(response)
+
         def stream(request: bytes, to=to_gateway, back=from_engine) -> None:
             to(request)
             back(STREAM)
@@ -72,6 +76,11 @@ def scenarios() -> dict[str, tuple[int, Callable[[], None]]]:
         if strategy == "PrefixHash":
             made["400 KB prompt"] = (10, lambda f=whole, r=large: f(r))
             made["stream of 64 chunks"] = (30, lambda f=stream, r=small: f(r))
+        elif strategy == "LeastLoad" and hasattr(test_gateway, "ALIAS"):  # else an older revision
+            aliased = chat(560, test_gateway.ALIAS)
+            named = b'{"model":"m",' + answer[1:]
+            head = WHOLE.replace(b"300", b"%d" % len(named))
+            made["chat by alias"] = (300, lambda f=exchange, r=aliased, w=head + named: f(r, w))
         elif strategy == "PrefixCache":
             made["400 KB prompt, PrefixCache"] = (10, lambda f=whole, r=large: f(r))
     scenarios.keep = keep  # garbage-collecting a generator would close its connections

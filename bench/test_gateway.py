@@ -26,6 +26,7 @@ from kubeai.routing.routes import Endpoint, Route
 
 TIMES = range(1000)
 KEYED = ", key with limits"
+ALIAS = "meta-llama/Llama-3.1-8B-Instruct"
 HEAD = (
     "POST /openai/v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\n"
     "User-Agent: OpenAI/Python 3.54.0\r\nAccept: application/json\r\n"
@@ -88,7 +89,7 @@ def ends(request):
         context.limits = KeyTable.attach(keys.fd, 0)
     table = server.routes
     endpoints = (Endpoint("pod-0", "10.0.0.2:8000"),)
-    route = Route("m", "VLLM", strategy=strategy, endpoints=endpoints)
+    route = Route("m", "VLLM", strategy=strategy, endpoints=endpoints, aliases=(ALIAS,))
     table.apply(publisher.update("m", route))
     reservation = table.find("m").pick(Prompt())
     pool = reservation.target
@@ -103,12 +104,12 @@ def ends(request):
     table.close()
 
 
-def chat(prompt_bytes: int) -> bytes:
+def chat(prompt_bytes: int, model: str = "m") -> bytes:
     messages = [
         {"role": "system", "content": "You are a helpful assistant. " * 5},
         {"role": "user", "content": "x" * prompt_bytes},
     ]
-    body = json.dumps({"model": "m", "messages": messages}).encode()
+    body = json.dumps({"model": model, "messages": messages}).encode()
     return HEAD.format(len(body)).encode() + body
 
 

@@ -17,6 +17,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 
 from kubeai.api.json_patch import JSON_PATCHES_MAX, JSONPatch
+from kubeai.api.model_status import ModelStatus as ModelStatus
+from kubeai.api.model_status import ModelStatusAdapter as ModelStatusAdapter
+from kubeai.api.model_status import ModelStatusCache as ModelStatusCache
+from kubeai.api.model_status import ModelStatusReplicas as ModelStatusReplicas
 from kubeai.api.model_url import (
     ADAPTER_SCHEMES,
     CACHE_SCHEMES,
@@ -24,7 +28,9 @@ from kubeai.api.model_url import (
     URL_PATTERN,
     listed,
 )
-from kubeai.api.objects import ApiValue, Condition, ObjectMeta, Rule, doc
+from kubeai.api.names import DURATION_PATTERN, Alias, Canary, ModelName
+from kubeai.api.names import NAME_MAX_CHARS as NAME_MAX_CHARS
+from kubeai.api.objects import ApiValue, ObjectMeta, Rule, doc
 from kubeai.errors import ModelError
 
 GROUP = "kubeai.org"
@@ -33,7 +39,6 @@ API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "Model"
 PLURAL = "models"
 
-NAME_MAX_CHARS = 40
 URL_MAX_CHARS = 2048
 FILES_MAX = 10
 ADAPTERS_MAX = 1000  # the API server rejects the rules of an unlimited list as too costly
@@ -41,6 +46,8 @@ FILE_PATH_MAX_CHARS = 1024
 FILE_CONTENT_MAX_CHARS = 100_000
 REPLICATION_MAX = 10_000
 TARGET_REQUESTS_DEFAULT = 100
+ALIASES_MAX = 100
+FALLBACKS_MAX = 10
 
 Engine = Literal["OLlama", "VLLM", "FasterWhisper", "Infinity", "SGLang", "LlamaCpp"]
 Feature = Literal["TextGeneration", "TextEmbedding", "Reranking", "SpeechToText"]
@@ -249,6 +256,10 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
             "!has(self.files) || self.files.all(f, self.files.exists_one(g, g.path == f.path))",
             "each path in files must be unique",
         ),
+        Rule(
+            "!has(self.fallbacks) || self.fallbacks.all(f, self.fallbacks.exists_one(g, g == f))",
+            "each entry of fallbacks must be unique",
+        ),
     )
 
     url: Annotated[
@@ -295,6 +306,38 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
             maxItems=ADAPTERS_MAX,
         ),
     ] = ()
+    aliases: Annotated[
+        tuple[Alias, ...],
+        doc(
+            "Further names that clients may use for this Model, for example "
+            "meta-llama/Llama-3.1-8B-Instruct or gpt-4o. A name belongs to one Model of the "
+            "namespace: the one that is called so, else the oldest one that lists it.",
+            maxItems=ALIASES_MAX,
+            **{"x-kubernetes-list-type": "set"},
+        ),
+    ] = ()
+    fallbacks: Annotated[
+        tuple[ModelName, ...],
+        doc(
+            "Models that serve this one's requests, in order, if it cannot: because no replica "
+            "becomes ready within waitBeforeFallback, or all fail or are saturated. Their own "
+            "fallbacks do not count.",
+            maxItems=FALLBACKS_MAX,
+        ),
+    ] = ()
+    wait_before_fallback: Annotated[
+        str,
+        doc(
+            "How long a request waits for a replica before a fallback serves it, for example 0s "
+            "or 1m30s. Default: 10s.",
+            maxLength=32,
+            pattern=DURATION_PATTERN,
+        ),
+    ] = ""
+    canary: Annotated[
+        Canary | None,
+        doc("Another Model that serves a part of this one's clients, for example a new version."),
+    ] = None
     resource_profile: Annotated[
         str,
         doc(
@@ -402,52 +445,6 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
             "those of the system config. They cannot remove KubeAI's labels or the container "
             "named server.",
             maxItems=JSON_PATCHES_MAX,
-        ),
-    ] = ()
-
-
-class ModelStatusReplicas(ApiValue, frozen=True, kw_only=True):
-    """The number of the Model's pods."""
-
-    all: Annotated[int, doc("Pods that exist and are not being deleted.", format="int32")]
-    ready: Annotated[int, doc("Pods that are ready to serve requests.", format="int32")]
-
-
-class ModelStatusCache(ApiValue, frozen=True, kw_only=True):
-    """The state of the Model's files in its cache."""
-
-    loaded: Annotated[bool, doc("Whether all files are in the cache.")]
-
-
-class ModelStatusAdapter(ApiValue, frozen=True, kw_only=True):
-    """An adapter that could not be loaded or unloaded."""
-
-    name: Annotated[str, doc("The adapter's name.")]
-    message: Annotated[str, doc("The error on one of the pods. KubeAI retries.")] = ""
-
-
-class ModelStatus(ApiValue, frozen=True, kw_only=True):
-    """The observed state of the Model."""
-
-    replicas: Annotated[ModelStatusReplicas | None, doc("Numbers of pods.")] = None
-    selector: Annotated[
-        str, doc("Label selector of the Model's pods, for the scale subresource.")
-    ] = ""
-    cache: Annotated[
-        ModelStatusCache | None, doc("State of the cache; absent without a cacheProfile.")
-    ] = None
-    failed_adapters: Annotated[
-        tuple[ModelStatusAdapter, ...],
-        doc(
-            "Adapters that at least one pod could not load or unload.",
-            **{"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
-        ),
-    ] = ()
-    conditions: Annotated[
-        tuple[Condition, ...],
-        doc(
-            "The Model's current state, including why it does not serve.",
-            **{"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
         ),
     ] = ()
 

@@ -17,6 +17,8 @@ from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
 from kubeai.gateway.cors import CorsPolicy
+from kubeai.gateway.fallback import Fallbacks
+from kubeai.gateway.realtime import Session
 from kubeai.gateway.relay._early import EarlyStream
 from kubeai.gateway.relay._exchange import Pool
 from kubeai.gateway.relay._relay import Relay
@@ -29,6 +31,8 @@ class FastPathContext:
     config: GatewayConfig
     routes: routing.RoutingTable
     models: dict[str, routing.RoutedModel]
+    aliases: dict[str, str]  # the names of their Models
+    canaried: set[str]  # the names of Models with a canary
     body_max_bytes: int
     observers: Observers | None
     journal: Journal | None  # None: requests are not recorded
@@ -57,6 +61,9 @@ class FastPath(EarlyStream):
     _upload: Upload | None  # of a request with a multipart form
     _request: InferenceRequest  # None until the body is read
     _routed: routing.RoutedModel
+    _asked: routing.RoutedModel | None  # the Model that was asked for; None: _routed
+    _fallbacks: Fallbacks | None  # None: the request has had no reason to leave its Model
+    _session: Session | None  # of a WebSocket whose events name the model
     _prompt: Prompt  # None until the body is read
     _admission: Admission | None
     _reservation: Reservation | None
@@ -95,6 +102,9 @@ class FastPath(EarlyStream):
     def moved(self, reservation: Reservation) -> None: ...
     def judge_key(self, problem: int, sources: int) -> bool: ...
     def revoked(self) -> None: ...
+    def split(
+        self, request: InferenceRequest, routed: routing.RoutedModel
+    ) -> routing.RoutedModel: ...
     def allow_origin(self, policy: CorsPolicy) -> None: ...
     def note_candidates(self) -> None: ...
     def explain(self, reservation: Reservation) -> None: ...

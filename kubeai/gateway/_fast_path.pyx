@@ -4,8 +4,8 @@
 :class:`FastPath` is the base class of AdmittedRequest in attempts.py and so of Proxy in proxy.py. It
 handles what nearly every request needs, from its head to the end of its response, and leaves
 everything else to its subclasses: other paths and methods, bodies that are large or that ``scan``
-rejects, adapters, stored responses, headers that change how a request is handled, models without a
-ready endpoint, and failures. Its decisions are the same as the subclasses'.
+rejects, adapters, canaries, stored responses, headers that change how a request is handled, models
+without a ready endpoint, and failures. Its decisions are the same as the subclasses'.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -43,6 +43,7 @@ from kubeai._prompt cimport Prompt
 from kubeai.gateway._credentials cimport NO_PROBLEM, Credential, take_key
 from kubeai.gateway._key_limits cimport charge_for, limit_lines, settle
 from kubeai.gateway._metering cimport Meter
+from kubeai.gateway._names cimport engines_json, find_model, renaming_of
 from kubeai.gateway.relay._early cimport EarlyStream
 from kubeai.gateway.relay._exchange cimport DownstreamEnd, Exchange, Pool
 from kubeai.gateway.relay._relay cimport Relay
@@ -95,6 +96,8 @@ cdef class FastPathContext:
     cdef public object config  # GatewayConfig
     cdef public object routes  # RoutingTable
     cdef public dict models  # name -> RoutedModel: the routing table's
+    cdef public dict aliases  # alias -> the Model's name: the routing table's
+    cdef public set canaried  # the names of Models with a canary: the routing table's
     cdef public int64_t body_max_bytes  # the config's
     cdef public object observers  # None: requests are not observed
     cdef public Journal journal  # None: requests are not recorded
@@ -151,6 +154,9 @@ cdef class FastPath(EarlyStream):
     cdef public object _upload  # of a request with a multipart form
     cdef public object _request
     cdef public object _routed
+    cdef public object _asked  # the Model that was asked for; None: _routed
+    cdef public object _fallbacks  # None: no attempt has been made to leave _routed
+    cdef public object _session  # of a WebSocket whose events name the model
     cdef public Prompt _prompt
     cdef public Admission _admission
     cdef public Reservation _reservation
@@ -212,20 +218,26 @@ cdef class FastPath(EarlyStream):
         cdef FastPathContext context = <FastPathContext> self.downstream.relay.context
         if self.json_route is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
             request = scan(self.json_route.shape, self.body)
-        if request is not None and request.adapter is None and request.previous.at is NULL:
-            routed = context.models.get(request.name)
+        if request is not None and request.previous.at is NULL:
+            routed = find_model(context.models, context.aliases, request)
         if routed is not None and self._key is not None and not self._key.allows(routed.route):
             routed = None
         self._request = request
-        if routed is None:
+        if routed is None or request.adapter is not None:
             self.on_body()
             return 0
+        if context.canaried and request.name in context.canaried:
+            routed = self.split(request, routed)
         picker = <Picker?> routed.picker
         self._routed = routed
         self._prompt = prompt_for(picker, request, context.logs_prompts)
         self._payload = self.body
         if self._key is not None and not self._is_within_limits():
             return 0
+        if request.is_renamed:
+            self._payload = request.with_model(engines_json(request))
+            self.renaming = renaming_of(request)
+            self.set_header(b"accept-encoding", b"identity")  # a compressed one cannot be read
         self._admission = admit(
             picker.ring.table, picker.ring.row, picker.ring.generation, context.request_type
         )
@@ -362,6 +374,8 @@ cdef class FastPath(EarlyStream):
             self._upload.close()
         if reservation is not None and not reservation._released:
             reservation._release()
+        if self._fallbacks is not None:
+            self._fallbacks.close()
         if self._admission is not None:
             self._admission._count(self._outcome())
             if self._admission._open:
@@ -495,6 +509,10 @@ cdef class FastPath(EarlyStream):
 
     def revoked(self):
         """The request's key has been revoked, and nothing has been answered: respond with 401."""
+        raise NotImplementedError
+
+    def split(self, request, routed):
+        """The Model that serves a request for one with a canary."""
         raise NotImplementedError
 
     def allow_origin(self, policy):

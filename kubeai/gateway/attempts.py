@@ -222,6 +222,8 @@ class AdmittedRequest(FastPath):
         """Wait for an endpoint and send the request there, or respond with the error."""
         try:
             reservation = await waiting()
+            if self._session is not None:
+                self._session.name_model(self._request.engines_name)
             self._task = None
             self._attempt(reservation)
         except BadRequest as error:
@@ -237,8 +239,10 @@ class AdmittedRequest(FastPath):
     async def _try_later(self) -> Reservation:
         if self._routed.is_full(self._request.adapter):
             return await self._hold()
-        later = await self._attempts.later(self._routed, self._prompt, self._request.adapter)
-        return later or await self._hold()
+        return await self._back_off() or await self._hold()
+
+    async def _back_off(self) -> Reservation | None:
+        return await self._attempts.later(self._routed, self._prompt, self._request.adapter)
 
     async def _try_after_loss(self, lost: Reservation, alone: bool) -> Reservation:
         await check_loss(self._attempts, self._routed, lost, alone)

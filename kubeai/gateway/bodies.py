@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
+from kubeai.gateway._names import prompt_id
 from kubeai.openai import request as openai
 from kubeai.openai._usage_option import asking_for_usage
 from kubeai.openai.content_coding import codings_in, compressed_form, content_coding, decompress
@@ -66,11 +67,15 @@ async def read_body(
     context: Context,
     kind: Kind,
     find: Callable[[InferenceRequest], RoutedModel],
+    choose: Callable[[InferenceRequest, RoutedModel, bytes | None], RoutedModel],
     *,
     changes: bool = False,
     is_metered: bool = False,
 ) -> ReadBody:
-    """Read the body that an exchange has collected. ``find``: looks its model up.
+    """Read the body that an exchange has collected.
+
+    ``find``: looks its model up. ``choose``: replaces it by its canary, if that is to serve the
+    client; its last argument identifies the prompt.
 
     ``changes``: the caller will change the payload, so it must not be compressed. ``is_metered``:
     have the engine report the usage of a stream.
@@ -87,12 +92,15 @@ async def read_body(
         if not exchange.reserve(len(body)):
             raise BadRequest("The buffer for request bodies is full.", status=503)
     request = await run(_threads, openai.read, kind, body)
-    picker = find(request).picker
+    routed = find(request)
+    if routed.route.canary and request.previous_response_id is None:
+        routed = choose(request, routed, await run(_threads, prompt_id, request))
+    picker = routed.picker
     prompt = await run(_threads, openai.prompt_of, picker, request, context.logs_prompts)
     payload = await run(_threads, openai.body_for, request, body)
     metered = await run(_threads, asking_for_usage, request, payload) if is_metered else None
     if coding is not None:
-        changed = changes or metered is not None or request.adapter is not None
+        changed = changes or metered is not None or request.is_renamed
         if not changed and not context.config.decompress_bodies:
             return ReadBody(request, prompt, exchange.body)
         exchange.drop_header(b"content-encoding")

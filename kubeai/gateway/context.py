@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from kubeai.gateway._fast_path import FastPathContext, JsonRoute
 from kubeai.gateway._metering import Meter
 from kubeai.gateway.cors import CorsPolicy
+from kubeai.gateway.fallback_counts import FallbackCounter
 from kubeai.gateway.keys import Keys
 from kubeai.gateway.retries import Retries, RetryBudget
 from kubeai.gateway.stored_responses import StoredResponses
@@ -45,9 +46,10 @@ class HoldWatcher(Protocol):
         """The request has no endpoint, and is about to be held or rejected."""
 
     async def on_endpoint(self, request_id: str) -> None:
-        """An endpoint can serve the held request. Returns when the request may be sent there.
+        """An endpoint can serve the request. Returns when the request may be sent there.
 
-        If no endpoint is left by then, :meth:`on_hold` is called again.
+        At once if the request is not held. If no endpoint is left by then, :meth:`on_hold` may be
+        called again.
         """
 
 
@@ -78,6 +80,7 @@ class Context(FastPathContext):
         self.json_routes = JSON_ROUTES
         self.cors = CorsPolicy(config.cors_origins) if config.cors_origins else None
         self.journal = None  # set by the worker
+        self.fallback_counts = FallbackCounter()  # set by the worker
         # The messenger's requests come from a broker that has its own credentials.
         needs_keys = config.keys.required and request_type == "http"
         self.keys = {} if needs_keys else None

@@ -8,7 +8,7 @@ for everything that is not in the route table (formatted by errors.py). The work
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -20,6 +20,7 @@ from aiohttp import web
 from kubeai.errors import QUOTED_MAX_CHARS
 from kubeai.gateway import login, ollama
 from kubeai.gateway._credentials import Problem
+from kubeai.gateway._names import find_model
 from kubeai.gateway.console import PATH as CONSOLE_PATH
 from kubeai.gateway.context import Context
 from kubeai.gateway.denials import model_not_allowed, no_valid_key
@@ -28,7 +29,7 @@ from kubeai.gateway.internal_headers import DENIED_HEADER, KEY_HEADER
 from kubeai.gateway.keys import HEALTH_PATHS, check_credential
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, error_answer, model_not_found
-from kubeai.openai.request import parse_selector, split_model
+from kubeai.openai.request import named, parse_selector
 from kubeai.openai.routes import PREFIX, Kind, RouteMatch, classify
 from kubeai.routing.routes import Route
 
@@ -218,7 +219,7 @@ def _models(request: web.Request, target: RouteMatch) -> web.Response:
         item
         for route in sorted(routes, key=lambda route: route.model)
         if (not features or features.intersection(route.features)) and selected(route)
-        for item in _items(route)
+        for item in _items(route, context.aliases)
     ]
     return _json(msgspec.json.encode(_List("list", items)))
 
@@ -240,18 +241,27 @@ def _missing(request: web.Request) -> Callable[[str], BadRequest]:
 
 def _one_model(request: web.Request, encoded_id: str) -> _Item:
     model_id = unquote(encoded_id)
-    found = request.app[CONTEXT].routes.find(split_model(model_id)[0])
-    if found is not None and _selection(request)(found.route):
-        for item in _items(found.route):
-            if item.id == model_id:
-                return item
-    raise _missing(request)(model_id)
+    context = request.app[CONTEXT]
+    found = find_model(context.models, context.aliases, named(Kind.MODELS, model_id))
+    if found is None or not _selection(request)(found.route):
+        raise _missing(request)(model_id)
+    return _item(found.route, model_id)
 
 
-def _items(route: Route) -> Iterable[_Item]:
-    """One item for the model, and one for each adapter that it declares."""
-    for name in (route.model, *(f"{route.model}_{adapter}" for adapter in route.adapters)):
-        yield _Item(name, route.created_s, "model", route.owner, route.features)
+def _items(route: Route, aliases: Container[str]) -> Iterable[_Item]:
+    """One item for the model and each alias, each with one for each adapter of the model.
+
+    ``aliases``: of all models. One that looks like another one's with an adapter is itself.
+    """
+    for name in (route.model, *route.aliases):
+        yield _item(route, name)
+        for adapter in route.adapters:
+            if f"{name}_{adapter}" not in aliases:
+                yield _item(route, f"{name}_{adapter}")
+
+
+def _item(route: Route, name: str) -> _Item:
+    return _Item(name, route.created_s, "model", route.owner, route.features)
 
 
 async def _describe(request: web.Request, kind: Kind) -> web.Response:

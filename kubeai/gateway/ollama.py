@@ -2,8 +2,9 @@
 
 Chats, generation and embeddings go to engines that have this API; :func:`check_engine` rejects
 requests for other Models. The routes that describe models are answered here, so that listing models
-starts no replica. Ollama's clients name a Model ``<Model>:latest``. Models are created and deleted
-only through the Kubernetes API. Called by proxy.py and local_routes.py.
+starts no replica. Ollama's clients name a Model ``<Model>:latest``, and so each of its aliases that
+has no tag. Models are created and deleted only through the Kubernetes API. Called by proxy.py and
+local_routes.py.
 """
 
 from __future__ import annotations
@@ -88,16 +89,21 @@ class _ShowRequest(msgspec.Struct):
 
 def tags(routes: Iterable[Route]) -> bytes:
     """The response of ``/api/tags``: all Models that Ollama's API can use."""
-    return _list(_listed(route, modified_at=_time(route)) for route in _usable(routes))
+    return _list(
+        _listed(route, name, modified_at=_time(route))
+        for route in _usable(routes)
+        for name in _names(route)
+    )
 
 
 def running(routes: Iterable[Route]) -> bytes:
     """The response of ``/api/ps``: those that have a ready replica."""
     until = (datetime.now(UTC) + _KEPT).isoformat(timespec="seconds")
     return _list(
-        _listed(route, expires_at=until, size_vram=0, context_length=0)
+        _listed(route, name, expires_at=until, size_vram=0, context_length=0)
         for route in _usable(routes)
         if route.endpoints
+        for name in _names(route)
     )
 
 
@@ -114,7 +120,7 @@ def shown(
         raise BadRequest(f"The body is not a JSON object with a model: {error}.") from None
     name = request.model or request.name
     for route in routes:
-        if route.model == name.removesuffix(LATEST):
+        if _tagged(name) in _names(route):
             check_engine(Kind.OLLAMA_SHOW, route)
             able = tuple(_CAPABILITIES[each] for each in route.features if each in _CAPABILITIES)
             return msgspec.json.encode(_Shown(_Details(), {}, able, _time(route)))
@@ -131,15 +137,24 @@ def _usable(routes: Iterable[Route]) -> list[Route]:
     return sorted(usable, key=lambda route: route.model)
 
 
+def _names(route: Route) -> list[str]:
+    """The Model's names, each with a tag, as Ollama's clients expect."""
+    return [_tagged(name) for name in (route.model, *route.aliases)]
+
+
+def _tagged(name: str) -> str:
+    return name if ":" in name.rpartition("/")[2] else name + LATEST
+
+
 def _listed(
     route: Route,
+    name: str,
     *,
     modified_at: str = "",
     expires_at: str = "",
     size_vram: int | None = None,
     context_length: int | None = None,
 ) -> _Listed:
-    name = route.model + LATEST
     digest = hashlib.sha256(f"{name} {route.created_s}".encode()).hexdigest()
     return _Listed(
         name, name, digest, _Details(), 0, modified_at, expires_at, size_vram, context_length

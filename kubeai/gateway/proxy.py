@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from kubeai._prompt import Prompt
 from kubeai.gateway._credentials import Problem, check
-from kubeai.gateway.attempts import AdmittedRequest
+from kubeai.gateway._names import find_model, prompt_id
 from kubeai.gateway.bodies import check_coding, read_body
 from kubeai.gateway.console import (
     CONSOLE_BODY_MAX_BYTES,
@@ -35,6 +35,7 @@ from kubeai.gateway.console import (
     wants_page,
 )
 from kubeai.gateway.denials import AUDITED, COOKIE, check_model
+from kubeai.gateway.fallback import ANSWERED_BY, FallbackRequest
 from kubeai.gateway.internal_headers import DENIED_HEADER, KEY_HEADER
 from kubeai.gateway.keys import HEALTH_PATHS
 from kubeai.gateway.observation import request_end, request_start
@@ -47,7 +48,6 @@ from kubeai.gateway.realtime import (
     no_websocket,
     websocket_required,
 )
-from kubeai.gateway.relay._renaming import Renaming
 from kubeai.gateway.relay._tunnel import Tunnel
 from kubeai.gateway.stored_responses import check_owner, not_stored
 from kubeai.gateway.uploads.upload import Upload, is_form
@@ -61,11 +61,10 @@ if TYPE_CHECKING:
     from kubeai.gateway.cors import CorsPolicy
     from kubeai.gateway.relay._exchange import Pool
     from kubeai.openai.request import InferenceRequest
-    from kubeai.routing.routes import Route
     from kubeai.routing.table import RoutedModel
 
 
-class Proxy(AdmittedRequest):
+class Proxy(FallbackRequest):
     """See the module; the relay creates one for each request."""
 
     __slots__ = ()
@@ -116,7 +115,8 @@ class Proxy(AdmittedRequest):
                 self._wait(partial(self._read_session, Session(self, tunnel)))
                 return
             request = openai.named(self._kind, model)
-            reservation = self._admit(request, self._find(request))
+            routed = self._split(request, self._find(request), None)
+            reservation = self._admit(request, routed)
         except BadRequest as error:
             self._refuse(error)
             return
@@ -125,9 +125,8 @@ class Proxy(AdmittedRequest):
 
     async def _read_session(self, session: Session) -> Reservation:
         request = openai.named(self._kind, await session.model())
-        routed = self._find(request)
-        if request.adapter is not None:
-            session.name_model(request.adapter)
+        routed = self._split(request, self._find(request), None)
+        self._session = session
         return self._admit(request, routed) or await self._hold()
 
     def _serve_locally(self, target: str, denied: str = "") -> None:
@@ -227,6 +226,8 @@ class Proxy(AdmittedRequest):
         try:
             request = self._request or openai.read(self._kind, self.body)
             routed = self._find(request)
+            if routed.route.canary and request.previous_response_id is None:
+                routed = self._split(request, routed, prompt_id(request))
             self._prompt = openai.prompt_of(routed.picker, request, self.context.logs_prompts)
             self._payload = openai.body_for(request, self.body)
             if request.previous_response_id is not None:
@@ -255,7 +256,8 @@ class Proxy(AdmittedRequest):
         await upload.receive()
         self.set_header(b"content-type", upload.content_type)
         request = openai.named(self._kind, upload.model)
-        return self._admit(request, self._find(request)) or await self._hold()
+        routed = self._split(request, self._find(request), None)
+        return self._admit(request, routed) or await self._hold()
 
     @override
     def on_piece(self) -> None:
@@ -270,6 +272,7 @@ class Proxy(AdmittedRequest):
             self.context,
             self._kind,
             self._find,
+            self._split,
             changes=self._key is not None and self._kind is Kind.RESPONSES,  # see owned_payload
             is_metered=self._key is not None,
         )
@@ -287,11 +290,32 @@ class Proxy(AdmittedRequest):
         only = None
         if request.previous_response_id is not None:
             check_owner(request.previous_response_id, self._key)
-            only = await self.context.stored_responses.endpoint_of(
-                self._find(request), self, request.previous_response_id
-            )
-        # The model may have been deleted or created again meanwhile.
-        return self._admit(request, self._find(request), only=only) or await self._hold()
+            only = await self._find_previous(request, request.previous_response_id)
+        # The Model may have been deleted or created again meanwhile.
+        routed = self.context.routes.find(request.name)
+        if routed is None:
+            raise model_not_found(request.model)
+        return self._admit(request, routed, only=only) or await self._hold()
+
+    async def _find_previous(self, request: InferenceRequest, response_id: str) -> str | None:
+        """The endpoint that has the stored response which a request continues, if any has it.
+
+        A canary or a fallback may have made it. The request is then for that Model.
+        """
+        asked = self._find(request)
+        owner = await self.context.stored_responses.owner_of(
+            [asked, *self._substitutes(asked.route)], self, response_id
+        )
+        if owner is None:
+            return None
+        name = owner.routed.route.model
+        if name != request.name:
+            self._asked = asked
+            request.serve_as(name)
+            self._payload = request.with_model(openai.json_string(name))
+            self.drop_header(b"content-encoding")
+            self.add_response_header(ANSWERED_BY, name.encode())
+        return owner.endpoint
 
     def _admit(
         self, request: InferenceRequest, routed: RoutedModel, *, only: str | None = None
@@ -306,8 +330,7 @@ class Proxy(AdmittedRequest):
             self._prompt = Prompt()
         self._charge_key()
         self._admission = routed.admit(self.context.request_type)
-        if request.adapter is not None:
-            self.renaming = Renaming(*map(openai.json_string, (request.adapter, request.model)))
+        self._name_response(request)
         if self.context.explains:
             self.note_candidates()
         if only is not None:
@@ -322,23 +345,14 @@ class Proxy(AdmittedRequest):
         Also reads the client's limit on the wait for an endpoint.
         """
         routed = self.context.routes.find(request.name)
+        if routed is None or request.adapter is not None:
+            routed = find_model(self.context.models, self.context.aliases, request)
         check_model(self._key, routed, request.model)
-        if routed is None or (
-            request.adapter is not None and request.adapter not in routed.route.adapters
-        ):
-            raise model_not_found(request.model)
-        if not self._may_use(routed.route):
+        if routed is None or not self._may_use(routed.route):
             raise model_not_found(request.model)
         check_engine(request.kind, routed.route)
         self._max_wait_s = openai.parse_max_wait(self.headers(b"x-kubeai-max-wait"))
         return routed
-
-    def _may_use(self, route: Route) -> bool:
-        """Whether the client's key and all selectors of the request allow a Model."""
-        if self._key is not None and not self._key.allows(route):
-            return False
-        texts = [text.decode("latin-1") for text in self.headers(b"x-label-selector")]
-        return all(openai.parse_selector(text)(route.labels) for text in texts)
 
     async def _find_stored(self) -> Reservation:
         """Find the replica that has the stored response of the path, and count the request."""

@@ -91,10 +91,10 @@ def model_in(query: str) -> str | None:
 
 def engines_query(query: str, request: InferenceRequest) -> str:
     """The query with the engine's name of the model; all else is unchanged."""
-    if request.adapter is None:
+    if not request.is_renamed:
         return query
     parts = [
-        f"model={quote(request.adapter, safe='')}" if key == "model" else part
+        f"model={quote(request.engines_name, safe='')}" if key == "model" else part
         for part, (key, _) in zip(query.split("&"), _parameters(query), strict=True)
     ]
     return "&".join(parts)
@@ -147,6 +147,8 @@ class Session:
         self._tunnel = tunnel
         self._read_bytes = 0  # frames up to here in ``tunnel.early`` have been read
         self._frames_count = 0  # of those that have been read
+        self._named = ""  # the model in the event, as it is sent to the engine
+        self._event_bytes = 0  # the size of that event's frame
         self._update: asyncio.Future[tuple[int, _Frame]] = (
             asyncio.get_running_loop().create_future()
         )
@@ -176,19 +178,24 @@ class Session:
             raise BadRequest(
                 "No session.update with a model was received in time.", param="model", status=408
             ) from None
-        return str(_decode(frame.payload).model)
+        self._named = str(_decode(frame.payload).model)
+        self._event_bytes = frame.size
+        return self._named
 
     def name_model(self, name: str) -> None:
-        """Replace the model in the event by the name that the engine knows."""
+        """Replace the model in the event by the name that the engine knows, unless it is that."""
         begin, frame = self._update.result()
+        if name == self._named:
+            return
         try:
             event = msgspec.json.decode(frame.payload, type=dict[str, msgspec.Raw])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise _violation(f"session.update is not valid JSON: {error}.") from None
         changed = _frame(_TEXT, _encode({**event, "model": name}), is_masked=True)
         early = self._tunnel.early
-        self._tunnel.early = early[:begin] + changed + early[begin + frame.size :]
-        self._read_bytes += len(changed) - frame.size
+        self._tunnel.early = early[:begin] + changed + early[begin + self._event_bytes :]
+        self._read_bytes += len(changed) - self._event_bytes
+        self._named, self._event_bytes = name, len(changed)
 
     def wake(self) -> None:
         """Read the frames that have come: answer and remove pings, and look for the model."""

@@ -89,6 +89,8 @@ class Server:
             loads, self._endpoint_pool, index=index, queues=queues
         )
         context.models = self.routes.models
+        context.aliases = self.routes.aliases
+        context.canaried = self.routes.canaried
         self._tick_s = tick_s
         self._wake_fd = -1 if queues is None else queues.wake_fds[queues.column]
         self._server: asyncio.Server | None = None

@@ -135,21 +135,21 @@ class StoredResponses:
             raise not_stored(response_id)
         return owner
 
-    async def endpoint_of(
-        self, routed: RoutedModel, exchange: Exchange, response_id: str
-    ) -> str | None:
-        """The endpoint of a model that has the response, for a request that continues it.
+    async def owner_of(
+        self, models: Iterable[RoutedModel], exchange: Exchange, response_id: str
+    ) -> Owner | None:
+        """The endpoint that has the response, for a request to the first model that continues it.
 
-        None if every endpoint may serve the request as well: none has the response, which the
-        engine then says best, or there is only one. BadRequest: 503 if one did not answer.
+        The others are those that may have served its clients. None if every endpoint of the first
+        one may serve the request as well: none has the response, which the engine then says best,
+        or there is only one. BadRequest: 503 if one did not answer.
         """
-        route = routed.route
-        if route.engine not in STORING_ENGINES or len(route.endpoints) < 2:
+        able = [routed for routed in models if routed.route.engine in STORING_ENGINES]
+        if sum(len(routed.route.endpoints) for routed in able) < 2:
             return None
         if not RESPONSE_ID.fullmatch(response_id):
             return None
-        owner = await self._find([routed], exchange, response_id)
-        return None if owner is None else owner.endpoint
+        return await self._find(able, exchange, response_id)
 
     async def _find(
         self, models: list[RoutedModel], exchange: Exchange, response_id: str

@@ -206,6 +206,8 @@ class InHand(Gate):
 
     @override
     async def on_endpoint(self) -> None:
+        if self.phase is Phase.RUNNING:
+            return  # it has a handler
         attempts = self._attempts
         self.enter(Phase.READY)
         await self._shared.handlers.acquire()

@@ -37,7 +37,10 @@ class Gate(Protocol):
         """No endpoint can serve the request: it is about to be held or rejected."""
 
     async def on_endpoint(self) -> None:
-        """An endpoint can serve the held request; it is sent there when this returns."""
+        """An endpoint can serve the request, and may be sent it when this returns.
+
+        Returns at once if the request is not held.
+        """
 
 
 class RelayClient:

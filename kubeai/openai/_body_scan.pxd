@@ -59,8 +59,10 @@ cdef class Shape:
 cdef class InferenceRequest:
     cdef readonly object kind
     cdef readonly str model  # as the client wrote it
-    cdef readonly str name  # the Model's name
+    cdef readonly str name  # of the Model that serves it
     cdef readonly str adapter  # None: the model itself
+    cdef readonly str target  # both: "<name>" or "<name>_<adapter>"
+    cdef readonly bint is_renamed  # the engine knows the model by another name than the client
     cdef readonly bint stream
     cdef bytes body  # which the places point into
     cdef const char *begin

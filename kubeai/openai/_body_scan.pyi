@@ -46,10 +46,20 @@ class InferenceRequest:
 
     kind: Kind
     model: str  # as the client wrote it, but without the tag "latest" in Ollama's API
-    name: str  # the Model's name
+    name: str  # of the Model that serves it: at first, what precedes the first "_" in ``model``
     adapter: str | None  # "" if the first "_" is the last character: matches no adapter
+    target: str  # both: "<name>" or "<name>_<adapter>"
+    is_renamed: bool  # whether the engine knows the model by another name than the client
     stream: bool
 
+    @property
+    def engines_name(self) -> str:
+        """The name by which the engine knows the model: the adapter's or the Model's."""
+    @property
+    def asked(self) -> bytes:
+        """The model as the client wrote it, as a JSON string."""
+    def serve_as(self, name: str, adapter: str | None = None) -> None:
+        """Have another Model serve the request than the one that its ``model`` names literally."""
     @property
     def previous_response_id(self) -> str | None:
         """The stored response that the request continues; None if it is not a non-empty string."""

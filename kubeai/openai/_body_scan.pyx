@@ -26,7 +26,7 @@ from kubeai.openai._json cimport (
 from kubeai.openai._murmur3 cimport murmur3
 from kubeai.openai._output cimport asked_tokens, note_asked
 
-from msgspec.json import decode
+from msgspec.json import decode, encode
 
 from kubeai.openai.errors import BadRequest
 
@@ -253,6 +253,8 @@ cdef class InferenceRequest:
         else:
             self.name = PyUnicode_DecodeUTF8(at, split - at, NULL)
             self.adapter = PyUnicode_DecodeUTF8(split + 1, at + size - split - 1, NULL)
+            self.is_renamed = True
+        self.target = self.model
         return 0
 
     cdef object _refusal(self):
@@ -490,6 +492,24 @@ cdef class InferenceRequest:
         """See the stub."""
         return self.hash_key(prefix_char_length)
 
+    def serve_as(self, str name not None, str adapter=None):
+        """See the stub."""
+        self.name = name
+        self.adapter = adapter
+        self.target = name if adapter is None else f"{name}_{adapter}"
+        self.is_renamed = adapter is not None or name != self.model
+
+    @property
+    def engines_name(self):
+        """See the stub."""
+        return self.name if self.adapter is None else self.adapter
+
+    @property
+    def asked(self):
+        """See the stub."""
+        cdef const char *at = self.model_value.at
+        return encode(self.model) if at is NULL else at[:self.model_value.after - at]
+
     @property
     def previous_response_id(self):
         """See the stub."""
@@ -576,4 +596,6 @@ def named(kind, str model not None):
     request.model = model
     request.name = name
     request.adapter = adapter if separator else None
+    request.is_renamed = request.adapter is not None
+    request.target = model
     return request

@@ -189,7 +189,7 @@ cdef int _add_blocks(
     cdef int64_t size = size_of(&request.conversation)
     cdef int64_t end = 0, next
     cdef Py_ssize_t name_size
-    cdef const char *name = PyUnicode_AsUTF8AndSize(request.model, &name_size)
+    cdef const char *name = PyUnicode_AsUTF8AndSize(request.target, &name_size)
     cdef uint64_t hashed = hash_text(0, name, name_size)
     cdef uint64_t blocks[SAMPLES_MAX]
     cdef uint32_t depths[SAMPLES_MAX]

@@ -93,8 +93,8 @@ def read(kind: Kind, body: bytes) -> InferenceRequest:
 
 
 def body_for(request: InferenceRequest, body: bytes) -> bytes:
-    """The body to send to the engine; for an adapter, ``model`` is replaced by its name."""
-    return body if request.adapter is None else request.with_model(json_string(request.adapter))
+    """The body to send to the engine, which gets its own name of the model."""
+    return request.with_model(json_string(request.engines_name)) if request.is_renamed else body
 
 
 def json_string(text: str) -> bytes:

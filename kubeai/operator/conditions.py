@@ -6,6 +6,8 @@
 | Progressing | pods remain to be created, deleted or replaced |
 | CacheLoaded | all files are in the cache (Models with a cacheProfile) |
 | AdaptersLoaded | every ready replica serves every adapter (Models with adapters) |
+| AliasesAccepted | all aliases belong to the Model (Models with aliases) |
+| FallbacksAccepted | all fallbacks and the canary count (Models with one of these) |
 | Degraded | part of the Model does not work and needs a person's attention |
 
 Each reason is one word. docs/life-of-a-model.md lists them. Called by `plan`.
@@ -13,7 +15,7 @@ Each reason is one word. docs/life-of-a-model.md lists them. Called by `plan`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 import msgspec
@@ -29,9 +31,19 @@ from kubeai.api.objects import Condition
 from kubeai.errors import ModelError
 from kubeai.operator.adapter_steps import AdaptersView
 from kubeai.operator.cache.plan import CachePlan
+from kubeai.operator.names import NO_NAMES, Ignored, ResolvedNames
 from kubeai.operator.pods import Pod, Trouble
 
-OURS = ("Ready", "Progressing", "CacheLoaded", "AdaptersLoaded", "Degraded")
+OURS = (
+    "Ready",
+    "Progressing",
+    "CacheLoaded",
+    "AdaptersLoaded",
+    "AliasesAccepted",
+    "FallbacksAccepted",
+    "Degraded",
+)
+IGNORED_MAX = 10  # entries that a condition lists
 
 
 class Facts(msgspec.Struct, kw_only=True):
@@ -46,6 +58,7 @@ class Facts(msgspec.Struct, kw_only=True):
     create_error: Trouble | None = None  # why the API rejected the last pod creation
     cache: CachePlan | None = None
     adapters: AdaptersView | None = None
+    names: ResolvedNames = NO_NAMES
     external: bool = False  # another gateway sends the requests (proxy.mode)
     now_s: float = 0.0  # Unix time
 
@@ -75,6 +88,8 @@ def status_of(model: Model, facts: Facts) -> ModelStatus:
         ours.append(_cache_loaded(facts.cache))
     if facts.adapters is not None and model.spec.adapters:
         ours.append(_adapters_loaded(facts.adapters))
+    if model.metadata.deletion_timestamp is None:
+        ours += _names_accepted(model, facts.names)
     ours.append(_degraded(facts))
     others = [c for c in model.status.conditions if c.type not in OURS]
     cache = (
@@ -189,6 +204,23 @@ def _adapters_loaded(adapters: AdaptersView) -> Condition:
     done = complete == ready
     reason = "Loaded" if done else "Loading"
     return _condition("AdaptersLoaded", done, reason, message + " every adapter")
+
+
+def _names_accepted(model: Model, names: ResolvedNames) -> Iterator[Condition]:
+    spec = model.spec
+    if spec.aliases:
+        yield _accepted("AliasesAccepted", names.ignored_aliases, "aliases")
+    if spec.fallbacks or spec.canary is not None:
+        yield _accepted("FallbacksAccepted", names.ignored_references, "fallbacks")
+
+
+def _accepted(type_: str, ignored: Sequence[Ignored], what: str) -> Condition:
+    if not ignored:
+        return _condition(type_, True, "Accepted", f"all {what} are in use")
+    messages = [one.message for one in ignored[:IGNORED_MAX]]
+    if len(ignored) > IGNORED_MAX:
+        messages.append(f"and {len(ignored) - IGNORED_MAX} more")
+    return _condition(type_, False, ignored[0].reason, "; ".join(messages))
 
 
 def _degraded(facts: Facts) -> Condition:

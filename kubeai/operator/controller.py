@@ -34,6 +34,7 @@ from kubeai.operator.cache.plan import CacheView, has_cache
 from kubeai.operator.events import Events
 from kubeai.operator.files import Files
 from kubeai.operator.leader import Leader, NotLeader, Writes
+from kubeai.operator.names import NO_NAMES, ResolvedNames
 from kubeai.operator.plan import (
     Action,
     CreatePod,
@@ -101,8 +102,10 @@ class Controller:
         events: Events,
         clock: Callable[[], float] = time.monotonic,
         no_sets: Callable[[], str] = lambda: "",
+        names: Callable[[str], ResolvedNames] = lambda _: NO_NAMES,
     ) -> None:
         self.no_sets = no_sets  # why there are no LeaderWorkerSets, if there are none
+        self._names = names
         self._kube = kube
         self._config = config
         self._namespace = namespace
@@ -269,6 +272,7 @@ class Controller:
             in_flight=partial(self._loads.in_flight, name),
             in_use=partial(self._loads.in_use, name),
             no_sets=self.no_sets(),
+            names=self._names(name),
             cache=cache,
             adapters=adapters,
         )

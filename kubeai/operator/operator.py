@@ -27,6 +27,7 @@ from kubeai.operator.events import Events
 from kubeai.operator.groups import SetObject, needs_set
 from kubeai.operator.keys import Keys, Known
 from kubeai.operator.leader import Leader
+from kubeai.operator.names import Names
 from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
 from kubeai.operator.scaling.scaler import Activator, Loads, Scaler
@@ -76,6 +77,7 @@ class Operator:
             address_override=config.allow_pod_address_override,
             follows_sets=True,
         )
+        self._names = Names()
         self._blocks = BlockTracker(config.gateway)
         self._starts = StartTracker()
         lease = config.leader_election
@@ -111,6 +113,7 @@ class Operator:
             loads,
             self._events,
             no_sets=lambda: self._sets.problem,
+            names=self._names.resolve,
         )
         self._timeline = Timeline()
         self._activator = Activator(
@@ -220,6 +223,10 @@ class Operator:
     def _changed(self, name: str) -> None:
         if not self.synced.is_set():
             return  # `_begin` handles all models
+        # Those that gain an alias come first, so that it always belongs to a Model.
+        for other in sorted(self._names.observe(name, self.store.models.get(name))):
+            self._route(other)
+            self.controller.changed(other)
         self._route(name)
         self.controller.changed(name)
 
@@ -229,6 +236,8 @@ class Operator:
             return
         if self._keys is not None and not self._keys.listed:
             return
+        for name, model in self.store.models.items():
+            self._names.observe(name, model)
         for name in self.store.models:
             self._route(name)
         self.synced.set()
@@ -247,7 +256,13 @@ class Operator:
         pods = self.store.observed_pods(name)
         blocks, start = self._blocks.observe(model, pods), self._starts.observe(model, pods)
         route = route_of(
-            model, pods, blocks, start, form_model(model, self._config), self._config.gateway
+            model,
+            pods,
+            blocks,
+            start,
+            form_model(model, self._config),
+            gateway=self._config.gateway,
+            names=self._names.resolve(name),
         )
         self._publish(name, route)
 

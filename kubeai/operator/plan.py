@@ -44,6 +44,7 @@ from kubeai.operator.cache.plan import (
     plan_eviction,
 )
 from kubeai.operator.conditions import Facts, dated, status_of
+from kubeai.operator.names import NO_NAMES, ResolvedNames
 from kubeai.operator.pods import HASH_ANNOTATION, POD_HASH_LABEL, Pod, Trouble
 from kubeai.podspec import build_replica
 from kubeai.podspec.groups import set_name, suffix
@@ -72,6 +73,7 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     no_sets: str = ""  # why replicas on several nodes cannot be created, if they cannot
     cache: CacheView = CacheView(unknown="the cache has not been observed yet")
     adapters: AdaptersView | None = None  # None: the Model has none
+    names: ResolvedNames = NO_NAMES
 
 
 class CreatePod(msgspec.Struct, frozen=True):
@@ -199,6 +201,7 @@ def plan(
         create_error=observed.create_error,
         cache=cache,
         adapters=observed.adapters,
+        names=observed.names,
         external=config.external,
         now_s=now.timestamp(),
     )

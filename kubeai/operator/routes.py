@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 from kubeai.api.config.system import GatewayConfig
 from kubeai.api.model import Model
+from kubeai.api.names import wait_before_fallback_s
 from kubeai.operator.blocks import NO_BLOCKS, Blocks
+from kubeai.operator.names import NO_NAMES, ResolvedNames
 from kubeai.operator.pods import Pod
 from kubeai.operator.starting import NO_START, Start
 from kubeai.routing.routes import Endpoint, Route
@@ -19,6 +21,7 @@ def route_of(
     start: Start = NO_START,
     form_model: str = "",
     gateway: GatewayConfig | None = None,
+    names: ResolvedNames = NO_NAMES,
 ) -> Route | None:
     """The Model's route, with endpoints sorted by name; None while the Model is being deleted.
 
@@ -27,6 +30,7 @@ def route_of(
     are listed separately, and may finish their in-flight requests. ``blocks``: why the Model has
     no endpoint. ``start``: what its starting replicas do, and how long that takes.
     ``form_model``: as in the Route. ``gateway``: the config's section; None: its defaults.
+    ``names``: the aliases and references that count.
     """
     meta, spec = model.metadata, model.spec
     if meta.deletion_timestamp is not None:
@@ -68,4 +72,9 @@ def route_of(
         capacity=(gateway or GatewayConfig()).capacity(
             spec.target_requests, balancing.max_requests_per_replica
         ),
+        aliases=names.aliases,
+        fallbacks=names.fallbacks,
+        wait_before_fallback_s=wait_before_fallback_s(spec.wait_before_fallback),
+        canary=names.canary,
+        canary_percent=spec.canary.percent if spec.canary is not None and names.canary else 0,
     )

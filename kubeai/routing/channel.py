@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 from typing_extensions import override
@@ -117,10 +117,28 @@ class Streams(msgspec.Struct, frozen=True, tag="streams", array_like=True):
     reports: tuple[StreamReport, ...]
 
 
+FallbackReason = Literal["not_ready", "blocked", "failing", "saturated"]
+
+
+class FallbackCount(msgspec.Struct, frozen=True, array_like=True):
+    """How many requests have left a Model for another one, for one reason."""
+
+    model: str
+    fallback: str
+    reason: FallbackReason
+    count: int
+
+
+class FallbackReport(msgspec.Struct, frozen=True, tag="fallbacks", array_like=True):
+    """A worker's requests that have fallen back since its last report."""
+
+    counts: tuple[FallbackCount, ...]
+
+
 REPORT_INTERVAL_S = 1.0
 
 Down = Snapshot | Delta | KeySnapshot | KeyDelta | Drain
-Up = Ready | Demand | Streams | UsageReport
+Up = Ready | Demand | Streams | UsageReport | FallbackReport
 
 
 class Channel(asyncio.Protocol):

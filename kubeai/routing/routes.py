@@ -67,6 +67,11 @@ class Route(msgspec.Struct, frozen=True, array_like=True):
     form_model: str = ""
     # Requests in flight that an endpoint serves well; more wait in the queue. 0: not limited.
     capacity: int = 0
+    aliases: tuple[str, ...] = ()  # further names, of this Model only
+    fallbacks: tuple[str, ...] = ()  # Models that serve requests that this one cannot, in order
+    wait_before_fallback_s: float = 0.0
+    canary: str = ""  # the Model that serves a part of the clients; empty: none
+    canary_percent: int = 0
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", array_like=True):

@@ -18,6 +18,7 @@ from kubeai._prefix import PrefixIndex
 from kubeai._prompt import Prompt
 from kubeai._queue_table import QueueTable
 from kubeai._ring import Ring
+from kubeai.routing.changes import Changes
 from kubeai.routing.queueing import ModelQueue
 from kubeai.routing.routes import Block, Delta, Endpoint, RequestType, Route, Snapshot
 
@@ -81,7 +82,10 @@ class RoutingTable:
         self._target = target
         self._clock = clock
         self._index = index
-        self.models: dict[str, RoutedModel] = {}  # by name; the same dict for as long as it lives
+        # The same objects for as long as the table lives, as the fast path uses them.
+        self.models: dict[str, RoutedModel] = {}  # by name
+        self.aliases: dict[str, str] = {}  # the names of the Models that they belong to
+        self.canaried: set[str] = set()  # the names of the Models with a canary
         self._health_events = 0  # of the load table, at the last check for ejected endpoints
         self._any_ejected = False  # at that check
 
@@ -166,6 +170,7 @@ class RoutingTable:
 
     def _set(self, model: str, route: Route | None) -> None:
         known = self.models.get(model)
+        self._set_names(model, () if known is None else known.route.aliases, route)
         if known is not None and (route is None or not known.is_life_of(route)):
             del self.models[model]
             known.end()
@@ -178,6 +183,20 @@ class RoutingTable:
             )
         else:
             known.update(route)
+
+    def _set_names(self, model: str, before: tuple[str, ...], route: Route | None) -> None:
+        """Set a Model's aliases. One that two Models have for a moment belongs to the later."""
+        now = () if route is None else route.aliases
+        for alias in before:
+            if alias not in now and self.aliases.get(alias) == model:
+                del self.aliases[alias]
+        for alias in now:
+            if alias not in before or alias not in self.aliases:
+                self.aliases[alias] = model
+        if route is not None and route.canary:
+            self.canaried.add(model)
+        else:
+            self.canaried.discard(model)
 
 
 class RoutedModel:
@@ -211,6 +230,7 @@ class RoutedModel:
         # Removed, with requests still waiting.
         self._departed: list[tuple[Endpoint, EndpointConnections]] = []
         self._gone = False
+        self.changes = Changes()
         self.update(route)
 
     # -- for exchanges -----------------------------------------------------------------------------
@@ -416,6 +436,7 @@ class RoutedModel:
             self._depart(gone)
         self._move_off_departed()
         self.queue.route_changed()
+        self.changes.notify()
 
     def end(self) -> None:
         """The model was deleted: wake all waiting requests and close its connections."""
@@ -428,6 +449,7 @@ class RoutedModel:
         self.route = replace(self.route, endpoints=())
         self._endpoints.clear()
         self.queue.end()
+        self.changes.notify()
 
     def _set_endpoint(self, endpoint: Endpoint, known: Endpoint | None) -> None:
         place = (endpoint.address, endpoint.row, endpoint.generation)

@@ -193,6 +193,16 @@ class Supervisor:
                 local=local,
                 keys=self.keys is not None,
             )
+        self._streams = MessageStreams(config.messaging)
+        self._metrics = Metrics(
+            self.table,
+            self.publisher,
+            self.peers.silences_s,
+            self._streams if has_streams else None,
+            limits=None if peers_keys is None else KeyLimits(*peers_keys),
+            usage=self._usage.collector if config.gateway.keys.required else None,
+            queues=self.queues,
+        )
         self.port: int = listeners[0].getsockname()[1] if listeners else 0
         start = partial(
             WorkerProcess,
@@ -207,10 +217,10 @@ class Supervisor:
             on_ready=self._worker_ready,
             on_demand=self.operator.demand,
             on_usage=self._usage.add,
+            on_fallbacks=self._metrics.fallbacks.report,
             spawn=spawn,
         )
         self._workers = [start(column, sock) for column, sock in enumerate(listeners)]
-        self._streams = MessageStreams(config.messaging)
         # None: the config has no message streams.
         self._messenger: WorkerProcess | None = None
         self._pod_condition: PodCondition | None = None
@@ -229,15 +239,6 @@ class Supervisor:
                     kube, namespace, pod, lambda: self._streams.problems
                 )
         self._processes = [*self._workers, *filter(None, [self._messenger])]
-        self._metrics = Metrics(
-            self.table,
-            self.publisher,
-            self.peers.silences_s,
-            self._streams if has_streams else None,
-            limits=None if peers_keys is None else KeyLimits(*peers_keys),
-            usage=self._usage.collector if config.gateway.keys.required else None,
-            queues=self.queues,
-        )
         self._stop = asyncio.Event()
         self._signals = 0
 

@@ -19,7 +19,16 @@ from kubeai.api.config.system import GatewayConfig, Messaging
 from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
 from kubeai.processes import Command, Process, Spawn
-from kubeai.routing.channel import Channel, Demand, Down, Ready, Streams, Up, WorkerSettings
+from kubeai.routing.channel import (
+    Channel,
+    Demand,
+    Down,
+    FallbackReport,
+    Ready,
+    Streams,
+    Up,
+    WorkerSettings,
+)
 from kubeai.routing.usage import UsageReport
 
 log = get_logger(__name__)
@@ -55,6 +64,7 @@ class WorkerProcess:
         module: str = WORKER,
         messaging: Messaging | None = None,
         on_streams: Callable[[Streams], None] = lambda _: None,
+        on_fallbacks: Callable[[FallbackReport], None] = lambda _: None,
         on_end: Callable[[], None] = lambda: None,
         on_usage: Callable[[UsageReport], None] = lambda _: None,
     ) -> None:
@@ -69,6 +79,7 @@ class WorkerProcess:
         of a model for which it holds a request.
 
         ``module``: what the process runs. ``on_streams``: called with the messenger's reports.
+        ``on_fallbacks``: called with the counts of requests that fell back.
         ``on_end``: called when the process has ended. ``on_usage``: called with its reports of what
         API keys use.
         """
@@ -92,6 +103,7 @@ class WorkerProcess:
         self._module = module
         self._messaging = messaging
         self._on_streams = on_streams
+        self._on_fallbacks = on_fallbacks
         self._on_end = on_end
         self._on_usage = on_usage
         self._channel: Channel | None = None
@@ -172,6 +184,8 @@ class WorkerProcess:
             self._on_streams(message)
         elif isinstance(message, UsageReport):
             self._on_usage(message)
+        elif isinstance(message, FallbackReport):
+            self._on_fallbacks(message)
 
     def send(self, message: Down) -> None:
         """Send a message to the process; dropped if it does not run."""

@@ -430,6 +430,10 @@ def test_an_entry_may_have_every_field_of_a_model(helm):
         "loadBalancing": {"strategy": "PrefixHash", "prefixHash": {"replication": 256}},
         "files": [{"path": "/a", "content": "b"}],
         "jsonPatches": [{"op": "add", "path": "/spec/hostIPC", "value": False}],
+        "aliases": ["meta-llama/Llama-3.1-8B", "qwen2.5:7b"],
+        "fallbacks": ["small"],
+        "waitBeforeFallback": "0s",
+        "canary": {"model": "o", "percent": 0},
     }
     assert spec.keys() == set(model_crd_spec())
     mine = {"enabled": True, "labels": {"l": "1"}, "annotations": {"a": "1"}, **spec}

@@ -17,6 +17,9 @@
 {{- with ($spec.loadBalancing | default dict).prefixHash }}
 {{- include "models.convert" (list . "meanLoadFactor" "replication" "prefixCharLength") }}
 {{- end }}
+{{- with $spec.canary }}
+{{- include "models.convert" (list . "percent") }}
+{{- end }}
 {{- toYaml $spec }}
 {{- end }}
 

@@ -200,6 +200,13 @@ cdef class Exchange:
         self.extra_headers = lines if self.extra_headers is None else self.extra_headers + lines
         return 0
 
+    def drop_response_header(self, bytes name not None):
+        """Remove a header that :meth:`add_response_header` added."""
+        if self.extra_headers is not None:
+            self.extra_headers = b"".join(
+                [line for line in self.extra_headers.splitlines(True) if not line.startswith(name)]
+            )
+
     def drop_header(self, bytes name):
         """Remove a header from the upstream request; ``name`` in lower case."""
         self.downstream.head.drop({name})

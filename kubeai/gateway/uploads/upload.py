@@ -119,4 +119,4 @@ def _engines_model(request: InferenceRequest, route: Route) -> str | None:
     """
     if route.engine == "FasterWhisper":
         return route.form_model or None
-    return request.adapter or request.name
+    return request.engines_name

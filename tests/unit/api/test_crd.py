@@ -108,7 +108,8 @@ def test_the_schema_has_every_field_in_the_reference():
         loadBalancing files priorityClassName
     """
     of_others = {"jsonPatches"}  # proposed for KubeAI in Go
-    assert set(SPEC["properties"]) == set(fields.split()) | of_others
+    ours = {"aliases", "fallbacks", "waitBeforeFallback", "canary"}
+    assert set(SPEC["properties"]) == set(fields.split()) | of_others | ours
     assert SPEC["required"] == ["url", "engine", "features"]
 
 

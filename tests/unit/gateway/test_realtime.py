@@ -241,6 +241,31 @@ async def test_a_handshake_is_held_until_a_replica_is_ready(start):
     assert accepted.one("x-kubeai-waited")
 
 
+async def test_an_alias_is_replaced_in_the_query(start):
+    world = await start()
+    engine = await world.engine(echo)
+    world.route("m", {"pod-1": engine}, aliases=("openai/whisper",))
+    await opened(world, handshake("/v1/realtime?model=openai%2Fwhisper&x=1"))
+    assert engine.requests[0].target == "/v1/realtime?model=m&x=1"
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_handshake_falls_back(start, fails):
+    world = await start(retries=0)
+
+    async def fail(wire: Wire, request: Message) -> None:
+        await wire.send(answer(503))
+
+    engine = await world.engine(echo)
+    world.route("b", {"b-1": engine})
+    endpoints = {"m-1": await world.engine(fail)} if fails else {}
+    world.route("m", endpoints, fallbacks=("b",))
+    wire = await opened(world, handshake("/v1/realtime?a=1&model=m"))
+    assert engine.requests[0].target == "/v1/realtime?a=1&model=b"
+    await wire.send(b"abc")
+    assert await wire.reader.readexactly(3) == b"abc"
+
+
 async def test_a_101_to_a_request_that_is_no_handshake_is_invalid(start):
     world = await start(retries=0)
     world.route("m", {"pod-1": await world.engine(echo)})

@@ -487,3 +487,21 @@ async def test_a_bug_closes_the_connection(serving, monkeypatch):
     await wire.send(masked(UPDATE))
     await wire.ended()
     await world.at_rest()
+
+
+@pytest.mark.parametrize(("asked", "sent"), [("m", "b"), ("x", "b"), ("b", "b")])
+async def test_a_session_falls_back_and_the_event_names_the_fallback(start, asked, sent):
+    world = await start(retries=0)
+
+    async def fail(wire: Wire, request: Message) -> None:
+        await wire.send(answer(503))
+
+    script = RecordingEngine()
+    world.route("b", {"b-1": await world.engine(script)})
+    world.route("m", {"m-1": await world.engine(fail)}, fallbacks=("b",), aliases=("x",))
+    wire = await opened(world)
+    update = json.dumps({"type": "session.update", "model": asked}).encode()
+    await wire.send(masked(update), masked(b"next"))
+    await until(lambda: len(script.frames) == 2)
+    assert json.loads(script.frames[0][1]) == {"type": "session.update", "model": sent}
+    assert script.frames[1] == (TEXT, b"next")

@@ -213,6 +213,18 @@ async def test_a_retry_that_is_held_again_gives_its_handler_back():
         await scene.done(2, within_s=2)
 
 
+async def test_a_request_that_was_not_held_keeps_its_handler_when_it_falls_back():
+    async def falls_back(body, gate):
+        await gate.on_endpoint()
+        return ok()
+
+    async with Scene(MemoryBroker(), handlers=1).running() as scene:
+        scene.gateway.serves["m"] = falls_back
+        scene.ask("m")
+        scene.ask("m")
+        await scene.done(2, within_s=2)
+
+
 async def test_a_model_that_takes_longer_than_hold_timeout_is_waited_for():
     starts_s = 20 * 60
 

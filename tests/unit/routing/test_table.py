@@ -482,3 +482,28 @@ class Hinge(RuleBasedStateMachine):
 
 Hinge.TestCase.settings = settings(max_examples=some(50), stateful_step_count=40)
 TestHinge = Hinge.TestCase
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+def test_aliases_and_canaries_follow_the_routes_in_the_same_objects(publisher, worker):
+    aliases, canaried = worker.routing.aliases, worker.routing.canaried
+    publish(publisher, worker, "m", route(aliases=("x", "y"), canary="n"))
+    assert (aliases, canaried) == ({"x": "m", "y": "m"}, {"m"})
+    publish(publisher, worker, "m", route(aliases=("y", "z")))
+    assert (aliases, canaried) == ({"y": "m", "z": "m"}, set())
+    publish(publisher, worker, "m", None)
+    assert aliases == {}
+
+
+def test_an_alias_that_moves_belongs_to_a_model_at_each_step(publisher, worker):
+    publish(publisher, worker, "a", route(model="a", aliases=("x",)))
+    publish(publisher, worker, "b", route(model="b", aliases=("x",)))
+    assert worker.routing.aliases == {"x": "b"}
+    publish(publisher, worker, "a", route(model="a", owner="changed", aliases=("x",)))
+    assert worker.routing.aliases == {"x": "b"}, "the later one has it"
+    publish(publisher, worker, "a", route(model="a"))
+    assert worker.routing.aliases == {"x": "b"}
+    worker.routing.apply(publisher.snapshot())
+    assert worker.routing.aliases == {"x": "b"}

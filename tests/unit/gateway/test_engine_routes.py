@@ -1,0 +1,53 @@
+"""Which Models may replace each other on a route."""
+
+import re
+
+import pytest
+from repository import REPOSITORY
+
+from kubeai.gateway.engine_routes import can_replace, engines_with
+from kubeai.openai.routes import Kind
+from kubeai.routing.routes import Route
+
+
+def documented() -> dict[str, set[str]]:
+    """The engines with each route, from the table in docs/engines/README.md."""
+    text = (REPOSITORY / "docs/engines/README.md").read_text()
+    head, _, *rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.split("\n## Routes\n")[1].splitlines()
+        if line.startswith("|")
+    ]
+    found = {}
+    for row in rows:
+        path = re.fullmatch("`(.+)`", row[1])
+        if path is None:
+            break  # another table
+        cells = zip(head[2:], row[2:], strict=True)
+        found[path[1]] = {engine for engine, cell in cells if cell == "yes"}
+    return found
+
+
+@pytest.mark.parametrize("kind", [k for k in Kind if not (k.is_local or k.is_stored)])
+def test_the_table_is_the_documented_one(kind):
+    assert engines_with(kind) == documented()[kind.value]
+
+
+def test_another_engine_needs_the_route_and_the_same_engine_does_not():
+    vllm, other, infinity = Route("a", "VLLM"), Route("b", "VLLM"), Route("c", "Infinity")
+    assert can_replace(Kind.CHAT_BATCH, vllm, other)
+    assert can_replace(Kind.IMAGE_VARIATIONS, vllm, other), "an image of the user's own"
+    assert can_replace(Kind.EMBEDDINGS, vllm, infinity)
+    assert not can_replace(Kind.CHAT, vllm, infinity)
+
+
+def test_a_feature_that_the_model_declares_is_needed():
+    text, embeds, none = (
+        Route("a", "VLLM", features=("TextGeneration",)),
+        Route("b", "VLLM", features=("TextEmbedding",)),
+        Route("c", "VLLM"),
+    )
+    assert not can_replace(Kind.CHAT, text, embeds)
+    assert can_replace(Kind.EMBEDDINGS, text, embeds)
+    assert can_replace(Kind.CHAT, none, embeds)
+    assert not can_replace(Kind.CHAT, text, none)
