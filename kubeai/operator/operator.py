@@ -225,8 +225,7 @@ class Operator:
         """Once all collections are listed, publish all routes, then reconcile all Models."""
         if self.synced.is_set() or not self.store.listed:
             return
-        for name, model in self.store.models.items():
-            self._names.observe(name, model)
+        self._names.begin(self.store.models)
         for name in self.store.models:
             self._route(name)
         self.synced.set()
