@@ -12,7 +12,7 @@ and the leader writes it to the Models' conditions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 
 import msgspec
@@ -67,6 +67,12 @@ class Names:
         self._entries: dict[str, _Entry] = {}
         self._claimants: dict[str, set[str]] = {}  # alias → the Models that list it
         self._referrers: dict[str, set[str]] = {}  # Model → those with it as fallback or canary
+
+    def begin(self, models: Mapping[str, Model]) -> None:
+        """Take in all Models, before any is observed."""
+        for name, model in models.items():
+            self._seen[name] = model
+            self._replace(name, None, _entry(model))
 
     def observe(self, name: str, model: Model | None) -> set[str]:
         """Take in a Model's state; None: it is gone. Returns the other Models that this affects.

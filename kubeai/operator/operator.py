@@ -236,8 +236,7 @@ class Operator:
             return
         if self._keys is not None and not self._keys.listed:
             return
-        for name, model in self.store.models.items():
-            self._names.observe(name, model)
+        self._names.begin(self.store.models)
         for name in self.store.models:
             self._route(name)
         self.synced.set()

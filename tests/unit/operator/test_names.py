@@ -29,8 +29,7 @@ def make(name: str, second: int = 0, *, uid: str = "", leaves: bool = False, **s
 
 def of(*models: Model) -> Names:
     names = Names()
-    for model in models:
-        names.observe(model.metadata.name, model)
+    names.begin({model.metadata.name: model for model in models})
     return names
 
 
