@@ -34,7 +34,7 @@ class FastPathContext:
     cors: CorsPolicy | None  # None: responses have no CORS headers
     keys: dict[bytes, Key] | None  # by digest; None: requests need no key
     meter: Meter | None  # of what keys use; None: requests need no key
-    usage_refusals: UsageRefusals  # Models whose engines reject ``stream_options``
+    usage_refusals: UsageRefusals | None  # None: no engine has rejected ``stream_options``
     request_type: RequestType
 
 @final

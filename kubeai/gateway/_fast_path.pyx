@@ -46,6 +46,8 @@ from kubeai.openai._prompt_scan cimport prompt_for
 from kubeai.openai._usage cimport Usage, find_usage, forget_usage
 from kubeai.openai._usage_option cimport with_usage
 
+from kubeai.gateway.usage_refusals import UsageRefusals
+
 cdef enum:
     REQUEST_ID_AT = 14  # in the line "X-Request-Id: …\r\n"
     RETRIES_MAX = 255  # that an entry of the journal can say
@@ -84,7 +86,7 @@ cdef class FastPathContext:
     cdef public object cors  # CorsPolicy; None: responses have no CORS headers
     cdef public dict keys  # digest -> Key; None: requests need no key
     cdef public Meter meter  # of what keys use; None: requests need no key
-    cdef public object usage_refusals  # Models whose engines reject ``stream_options``
+    cdef public object usage_refusals  # UsageRefusals; None: no engine has rejected the field
     cdef public str request_type  # "http" or "message": what the process's requests count as
 
 
@@ -240,10 +242,10 @@ cdef class FastPath(EarlyStream):
                 return 0
         else:
             self.usage_filter = None
-            if self._routed in context.usage_refusals:
-                return 0
             metered = with_usage(<InferenceRequest?> self._request, self._payload)
             if metered is None:
+                return 0
+            if context.usage_refusals is not None and self._routed in context.usage_refusals:
                 return 0
             self._unmetered = self._payload
             self._payload = self._metered = metered
@@ -293,6 +295,8 @@ cdef class FastPath(EarlyStream):
             if self._key is not None and context.meter is not None:
                 self._meter(context.meter)
                 if self._forgoes_usage and self.status == 200:
+                    if context.usage_refusals is None:
+                        context.usage_refusals = UsageRefusals()
                     context.usage_refusals.add(self._routed)
         if self._observed is not None:
             self.observed()

@@ -17,7 +17,6 @@ from kubeai.gateway._metering import Meter
 from kubeai.gateway.cors import CorsPolicy
 from kubeai.gateway.retries import Retries, RetryBudget
 from kubeai.gateway.stored_responses import StoredResponses
-from kubeai.gateway.usage_refusals import UsageRefusals
 from kubeai.openai.request import SHAPES
 from kubeai.openai.routes import route_table
 
@@ -81,7 +80,7 @@ class Context(FastPathContext):
         needs_keys = config.keys.required and request_type == "http"
         self.keys = {} if needs_keys else None
         self.meter = Meter() if needs_keys else None
-        self.usage_refusals = UsageRefusals()
+        self.usage_refusals = None
         self.ready = False  # the first routing table has arrived
         self.draining = False
         self._held: dict[str, int] = {}
