@@ -43,7 +43,7 @@ class FastPathContext:
     keys: dict[bytes, Key] | None  # by digest; None: requests need no key
     limits: KeyTable | None  # what keys have used of their limits; None: they have none
     meter: Meter | None  # of what keys use; None: requests need no key
-    usage_refusals: UsageRefusals  # Models whose engines reject ``stream_options``
+    usage_refusals: UsageRefusals | None  # None: no engine has rejected ``stream_options``
     request_type: RequestType
 
 @final

@@ -54,9 +54,10 @@ from kubeai.openai._prompt_scan cimport prompt_for
 from kubeai.openai._usage cimport Usage, find_usage, forget_usage
 from kubeai.openai._usage_option cimport with_usage
 
-from kubeai.openai.routes import Kind
 from kubeai.gateway._key_limits import refusal
+from kubeai.gateway.usage_refusals import UsageRefusals
 from kubeai.openai.errors import BadRequest
+from kubeai.openai.routes import Kind
 
 cdef object RESPONSES = Kind.RESPONSES
 
@@ -108,7 +109,7 @@ cdef class FastPathContext:
     cdef public dict keys  # digest -> Key; None: requests need no key
     cdef public KeyTable limits  # what keys have used of their limits; None: they have none
     cdef public Meter meter  # of what keys use; None: requests need no key
-    cdef public object usage_refusals  # Models whose engines reject ``stream_options``
+    cdef public object usage_refusals  # UsageRefusals; None: no engine has rejected the field
     cdef public str request_type  # "http" or "message": what the process's requests count as
 
 
@@ -331,10 +332,10 @@ cdef class FastPath(EarlyStream):
                 return 0
         else:
             self.usage_filter = None
-            if self._routed in context.usage_refusals:
-                return 0
             metered = with_usage(<InferenceRequest?> self._request, self._payload)
             if metered is None:
+                return 0
+            if context.usage_refusals is not None and self._routed in context.usage_refusals:
                 return 0
             self._unmetered = self._payload
             self._payload = self._metered = metered
@@ -386,6 +387,8 @@ cdef class FastPath(EarlyStream):
             if self._key is not None and context.meter is not None:
                 self._meter(context.meter)
                 if self._forgoes_usage and self.status == 200:
+                    if context.usage_refusals is None:
+                        context.usage_refusals = UsageRefusals()
                     context.usage_refusals.add(self._routed)
         if self._charge is not None and self._charge._open:
             settle(

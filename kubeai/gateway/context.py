@@ -19,7 +19,6 @@ from kubeai.gateway.fallback_counts import FallbackCounter
 from kubeai.gateway.keys import Keys
 from kubeai.gateway.retries import Retries, RetryBudget
 from kubeai.gateway.stored_responses import StoredResponses
-from kubeai.gateway.usage_refusals import UsageRefusals
 from kubeai.openai.request import SHAPES
 from kubeai.openai.routes import route_table
 
@@ -89,7 +88,7 @@ class Context(FastPathContext):
         )
         self.limits = None  # set by the worker
         self.meter = Meter() if needs_keys else None
-        self.usage_refusals = UsageRefusals()
+        self.usage_refusals = None
         self.ready = False  # the first routing table has arrived
         self.draining = False
         self._held: dict[str, int] = {}

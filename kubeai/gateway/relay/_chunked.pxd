@@ -36,3 +36,4 @@ cdef Py_ssize_t chunks_scan(
 ) except -1
 cdef void chunks_reset(Chunks *chunks) noexcept
 cdef bytes one_chunk(bytes data)
+cdef Py_ssize_t whole_chunk(const char *data, Py_ssize_t size) noexcept

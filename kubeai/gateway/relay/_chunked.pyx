@@ -146,6 +146,25 @@ cdef bytes one_chunk(bytes data):
     return out
 
 
+cdef Py_ssize_t whole_chunk(const char *data, Py_ssize_t size) noexcept:
+    """The size of the line before the data of a chunk that is all of a text, which is between two
+    chunks; 0 if the text is anything else, such as the last chunk, or has extensions."""
+    cdef Py_ssize_t at = 0
+    cdef Py_ssize_t length = 0
+    cdef int digit
+    while at < size and at < 8:
+        digit = hex_digit(data[at])
+        if digit < 0:
+            break
+        length = length << 4 | digit
+        at += 1
+    if length == 0 or at + 2 + length + 2 != size:
+        return 0
+    if data[at] != c"\r" or data[at + 1] != c"\n":
+        return 0
+    return at + 2 if data[size - 2] == c"\r" and data[size - 1] == c"\n" else 0
+
+
 def unchunk(*pieces):
     """Parse chunked framing given in pieces: (data, bytes used, ended). ValueError if malformed.
 

@@ -26,7 +26,7 @@ cdef class ResponseBody:
     cdef bint decodes  # its chunked framing
     cdef Chunks chunks
     cdef Text grown  # the data of the chunks in the last input
-    cdef bint is_aligned  # the last input began between two chunks
+    cdef bint is_unchanged  # the last input is sent as it came
     cdef Renaming renaming  # None: nothing is renamed
     cdef UsageFilter usage_filter  # None: nothing is removed
     cdef void begin(self, bint has_body, bint chunked, int64_t length) noexcept
@@ -35,5 +35,5 @@ cdef class ResponseBody:
     ) except -1
     cdef Py_ssize_t take(self, bytes data, Py_ssize_t at) except -1
     cdef bytes recode(self, bytes piece)
-    cdef bint _is_unchanged(self) noexcept
+    cdef bint _passes_filter(self, const char *data, Py_ssize_t size) noexcept
     cdef int _note_tail(self, const char *data, Py_ssize_t size) except -1

@@ -16,6 +16,7 @@ from kubeai.gateway.relay._chunked cimport (
     chunks_reset,
     chunks_scan,
     one_chunk,
+    whole_chunk,
 )
 from kubeai.gateway.relay._renaming cimport Renaming
 from kubeai.gateway.relay._text cimport text_free, text_grow
@@ -71,8 +72,10 @@ cdef class ResponseBody:
         Sets ``ended`` or ``malformed``.
         """
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data) - at
-        if self.framing == CHUNKED:
-            self.is_aligned = self.chunks.state == CHUNK_SIZE_FIRST
+        self.is_unchanged = False
+        if self.usage_filter is not None and self._passes_filter(PyBytes_AS_STRING(data) + at, size):
+            self.is_unchanged = True
+        elif self.framing == CHUNKED:
             size = chunks_scan(
                 &self.chunks,
                 PyBytes_AS_STRING(data) + at,
@@ -113,8 +116,7 @@ cdef class ResponseBody:
 
     cdef bytes recode(self, bytes piece):
         """What the client gets for the part just taken, ``piece``; None: nothing yet."""
-        if self._is_unchanged():
-            self.grown.size = 0
+        if self.is_unchanged:
             return piece
         if self.decodes:
             piece = PyBytes_FromStringAndSize(self.grown.at, self.grown.size)
@@ -127,14 +129,18 @@ cdef class ResponseBody:
             return None
         return one_chunk(piece) if self.rechunks else piece
 
-    cdef bint _is_unchanged(self) noexcept:
-        """Whether the part just taken is sent as it came, with its own framing: whole chunks."""
-        return (
-            self.usage_filter is not None
-            and self.renaming is None
-            and self.decodes
-            and self.rechunks
-            and self.is_aligned
-            and self.chunks.state == CHUNK_SIZE_FIRST
-            and self.usage_filter.passes(self.grown.at, self.grown.size)
-        )
+    cdef bint _passes_filter(self, const char *data, Py_ssize_t size) noexcept:
+        """Whether the input is one chunk, with whole events that are passed on as they are.
+
+        So is nearly every input of an event stream. It needs no decoding.
+        """
+        cdef Py_ssize_t line
+        if (
+            self.framing != CHUNKED
+            or not self.rechunks
+            or self.renaming is not None
+            or self.chunks.state != CHUNK_SIZE_FIRST
+        ):
+            return False
+        line = whole_chunk(data, size)
+        return line > 0 and self.usage_filter.passes(data + line, size - line - 2)

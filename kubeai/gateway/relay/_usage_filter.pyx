@@ -14,8 +14,7 @@ data that is not a JSON object, is not changed.
 
 Sans I/O. Text may be split anywhere; an event is held until it is complete, because its last byte
 can decide whether it is passed on. No client could use a part of it. One that is longer than
-``EVENT_MAX_BYTES`` is passed on as it is. An event without ``"usage"`` costs 0.1 ns per byte, any
-other about 1 ns.
+``EVENT_MAX_BYTES`` is passed on as it is.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -23,9 +22,6 @@ from libc.string cimport memchr, memcmp, memmove
 
 from kubeai.gateway.relay._text cimport Text, text_add, text_free, text_grow
 from kubeai.openai._json cimport skip_key, skip_space, skip_value
-
-cdef extern from "<string.h>" nogil:
-    void *memmem(const void *text, size_t size, const void *what, size_t what_size)
 
 cdef enum:
     EVENT_MAX_BYTES = 1 << 18
@@ -35,7 +31,16 @@ cdef enum:
 
 
 cdef inline bint has_usage(const char *at, Py_ssize_t size) noexcept:
-    return memmem(at, size, b'"usage"', USAGE_BYTES) is not NULL
+    """Whether a text has ``"usage"``, searched by its rarest letter."""
+    cdef const char *begin = at
+    cdef const char *end = at + size
+    while True:
+        at = <const char *> memchr(at, c"g", end - at)
+        if at is NULL:
+            return False
+        if at - begin >= 4 and end - at >= 3 and memcmp(at - 4, b'"usage"', USAGE_BYTES) == 0:
+            return True
+        at += 1
 
 
 cdef inline const char *line_end(const char *at, const char *end) noexcept:
