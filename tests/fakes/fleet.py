@@ -72,6 +72,7 @@ class Fleet:
         demanded: Callable[[str], None] = lambda model: None,
         reads_cache_sizes: bool = False,
         messaging: Messaging | None = None,
+        identity: str = "fleet",
         **gateway: Any,
     ) -> Fleet:
         """``reads_cache_sizes``: whether engines are asked for ``/metrics``, as in a cluster."""
@@ -92,7 +93,7 @@ class Fleet:
                 mock.Mock(),
                 config,
                 namespace="default",
-                identity="fleet",
+                identity=identity,
                 host="127.0.0.1",
                 port=0,
                 workers=workers,
