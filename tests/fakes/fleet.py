@@ -96,6 +96,7 @@ class Fleet:
         reads_cache_sizes: bool = False,
         messaging: Messaging | None = None,
         keys: list[ApiKey] | None = None,
+        identity: str = "fleet",
         **gateway: Any,
     ) -> Fleet:
         """``reads_cache_sizes``: whether engines are asked for ``/metrics``, as in a cluster.
@@ -122,7 +123,7 @@ class Fleet:
                 _api(),
                 config,
                 namespace="default",
-                identity="fleet",
+                identity=identity,
                 host="127.0.0.1",
                 port=0,
                 workers=workers,
