@@ -42,6 +42,7 @@ def _app() -> Any:
     from kubeai.cli.uninstall import uninstall
     from kubeai.cli.usage import usage
     from kubeai.loadtest.commands import app as bench  # imports only typer
+    from kubeai.terminal.help import help_of
 
     app = typer.Typer(
         name="kubeai",
@@ -69,7 +70,7 @@ def _app() -> Any:
         pass
 
     for command in (serve, local, chat, top, usage, doctor, load, uninstall, crd):
-        app.command()(command)
+        app.command(help=help_of(command))(command)
 
     @app.command("mock-engine", add_help_option=False)
     def mock_engine() -> None:

@@ -22,6 +22,7 @@ from kubeai.loadtest.arguments import (
     grouped,
     option,
 )
+from kubeai.terminal.help import help_of
 
 SIMULATED_ENGINES = 8
 
@@ -30,7 +31,8 @@ def app() -> typer.Typer:
     """The ``kubeai bench`` command group."""
     bench = typer.Typer(help="Benchmark an OpenAI-compatible endpoint.", no_args_is_help=True)
     for command in (run, sweep, simulate, replay, compare, demo):
-        bench.command(command.__name__, cls=Command)(grouped(command))
+        help = help_of(command)
+        bench.command(command.__name__, cls=Command, help=help)(grouped(command))
     return bench
 
 

@@ -4,6 +4,7 @@ import re
 import time
 
 import pytest
+from browsers import go
 from fakes.scripted_console import summary
 from playwright.async_api import expect
 
@@ -43,6 +44,14 @@ async def test_a_row_shows_state_reason_replicas_load_and_latency(page, console)
         await expect(cells).to_contain_text(text)
     await expect(page.locator("#workers")).to_have_text("1 worker")
     await expect(page.locator("#connection")).to_have_text("Live")
+
+
+async def test_tokens_that_no_engine_reports_are_a_dash(page, console):
+    rates = {"window_s": 60, "requests_per_s": 2.0, "prompt_tokens_per_s": 800.0}
+    console.put("chat", rates=rates | {"output_tokens_per_s": None})
+    await expect(row(page, "chat").get_by_role("cell").nth(5)).to_have_text("–800 prompt")
+    await go(page, "models/chat")
+    await expect(page.locator(".tile", has_text="Output tokens/s").locator("dd")).to_have_text("–")
 
 
 async def test_rows_change_appear_and_disappear_with_the_state(page, console):

@@ -36,12 +36,15 @@ _WHY = {
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """A Model's mean rates over the last ``window_s`` seconds."""
+    """A Model's mean rates over the last ``window_s`` seconds.
+
+    ``output_tokens_per_s`` None: the engines reported no numbers of output tokens.
+    """
 
     window_s: float = RATES_WINDOW_S
     requests_per_s: float = 0.0
     prompt_tokens_per_s: float = 0.0
-    output_tokens_per_s: float = 0.0
+    output_tokens_per_s: float | None = 0.0
 
 
 class TimesToFirstToken(msgspec.Struct, frozen=True):
@@ -106,6 +109,7 @@ class _Second(msgspec.Struct):
     requests: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    reported: int = 0  # requests whose output tokens are known
 
 
 class _Cached(NamedTuple):
@@ -132,6 +136,7 @@ class _Model:
         second.requests += 1
         second.prompt_tokens += _prompt_tokens(entry)
         second.output_tokens += entry.output_tokens or 0
+        second.reported += entry.output_tokens is not None
         if entry.streamed and entry.first_s is not None:
             self.first_tokens.append((ended_s, entry.first_s))
         if endpoint is not None and entry.prompt_tokens is not None:
@@ -216,11 +221,13 @@ class Traffic:
         if sums is None:
             return Rates(round(window_s, 1))
         seconds = [second for second in sums.seconds if second.second >= int(now_s - window_s)]
+        output = sum(second.output_tokens for second in seconds) / window_s
+        is_known = not seconds or any(second.reported for second in seconds)
         return Rates(
             round(window_s, 1),
             sum(second.requests for second in seconds) / window_s,
             sum(second.prompt_tokens for second in seconds) / window_s,
-            sum(second.output_tokens for second in seconds) / window_s,
+            output if is_known else None,
         )
 
     def times_to_first_token(self, model: str) -> TimesToFirstToken:
@@ -282,7 +289,7 @@ def _why(entry: Entry) -> str:
         return "no replica was picked"
     why = _WHY[entry.pick]
     if entry.estimated_tokens and (entry.pick == "cached" or entry.expected_tokens):
-        share = f"{entry.expected_tokens} of {entry.estimated_tokens}"
+        share = f"{entry.expected_tokens:,} of {entry.estimated_tokens:,}"
         cached = f"about {share} prompt tokens were believed to be in its cache"
         why = cached if entry.pick == "cached" else f"{why}; {cached}"
     if entry.retries:

@@ -10,6 +10,7 @@ import pytest
 
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai._queue_table import QueueTable
 from kubeai.api.config.system import GatewayConfig
 from kubeai.framing import frame
 from kubeai.routing.channel import SETTINGS_VARIABLE
@@ -44,6 +45,7 @@ class Exits:
 @pytest.fixture
 def worker():
     table, index = LoadTable.create(8, 1), PrefixIndex.create(8, 1024)
+    queues = QueueTable.create(8, 1)
     received = []
 
     async def run(reports, heirs=None):
@@ -56,10 +58,12 @@ def worker():
             None,
             table,
             index,
+            queues,
             GatewayConfig(),
             journal_fd=-1,
+            key_table=None,
             console_path="",
-            snapshot=lambda: None,
+            snapshot=lambda: (),
             on_ready=lambda: None,
             on_demand=lambda _: None,
             spawn=spawn,
@@ -70,6 +74,7 @@ def worker():
 
     yield run
     table.close()
+    queues.close()
 
 
 async def test_the_last_reports_of_a_worker_are_read_after_its_exit(worker):

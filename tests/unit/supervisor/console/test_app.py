@@ -251,7 +251,7 @@ async def test_a_stream_begins_with_the_present_time_even_if_nothing_has_changed
     world, monkeypatch
 ):
     monkeypatch.setattr(world.console._hub, "_tick_s", 0.005)
-    clock = SimpleNamespace(time=lambda: clock.now_s, now_s=1000.0)
+    clock: Any = SimpleNamespace(time=lambda: clock.now_s, now_s=1000.0)
     monkeypatch.setattr(app, "time", clock)
     world.model("m")
     async with world.client.get("/ui/api/events") as first:

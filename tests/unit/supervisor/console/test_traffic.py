@@ -117,6 +117,15 @@ async def test_rates_are_over_the_last_minute(world):
     assert world.traffic.rates("other").requests_per_s == 0
 
 
+async def test_output_tokens_that_no_engine_reports_are_unknown_rather_than_zero(world):
+    world.request(output_tokens=None)
+    world.traffic.read()
+    assert world.traffic.rates("m").output_tokens_per_s is None
+    world.request(output_tokens=30)
+    world.traffic.read()
+    assert world.traffic.rates("m").output_tokens_per_s == 0.5
+
+
 async def test_a_journal_that_was_overrun_shortens_the_window(world):
     for _ in range(2 * world.journal.entries):  # 64 entries, 0.1 s apart
         world.now_s += 0.1
