@@ -47,7 +47,7 @@ cpdef Renaming renaming_of(InferenceRequest request):
     """See the stub."""
     if not request.is_renamed:
         return None
-    return Renaming(engines_json(request), request.asked)
+    return Renaming(engines_json(request), request.model_json)
 
 
 cdef bytes engines_json(InferenceRequest request):

@@ -56,7 +56,7 @@ class InferenceRequest:
     def engines_name(self) -> str:
         """The name by which the engine knows the model: the adapter's or the Model's."""
     @property
-    def asked(self) -> bytes:
+    def model_json(self) -> bytes:
         """The model as the client wrote it, as a JSON string."""
     def serve_as(self, name: str, adapter: str | None = None) -> None:
         """Have another Model serve the request than the one that its ``model`` names literally."""

@@ -27,7 +27,6 @@ from kubeai.openai._murmur3 cimport murmur3
 from kubeai.openai._output cimport asked_tokens, note_asked
 
 from msgspec.json import decode, encode
-
 from kubeai.openai.errors import BadRequest
 
 cdef enum:
@@ -43,9 +42,8 @@ cdef enum:
 
 cdef dict FAULTS = {
     <int> MALFORMED: (
-        "The body is not valid JSON, or is nested too deeply: "
-        "the error is in the text that begins at byte {at}.",
-        None,
+        "The body is not valid JSON, or is nested too deeply: the error is in the text that begins "
+        "at byte {at}.", None,
     ),
     <int> NO_OBJECT: ("The body is not a JSON object.", None),
     <int> MANY_KEYS: (f"The body has more than {KEYS_MAX_COUNT} keys.", None),
@@ -505,7 +503,7 @@ cdef class InferenceRequest:
         return self.name if self.adapter is None else self.adapter
 
     @property
-    def asked(self):
+    def model_json(self):
         """See the stub."""
         cdef const char *at = self.model_value.at
         return encode(self.model) if at is NULL else at[:self.model_value.after - at]
