@@ -1,8 +1,10 @@
 """Attacks on a gateway that requires API keys: none reaches an engine or another's data."""
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 from statistics import median
@@ -395,3 +397,24 @@ async def test_two_keys_in_two_requests_at_once_are_not_mixed_up(world):
 
 def test_every_kind_of_route_was_tried():
     assert {kind for kind in Kind if not kind.is_stored} == set(route_table.values())
+
+
+CORPUS = sorted((Path(__file__).parents[1] / "fuzz/corpus/requests").iterdir())
+
+
+async def test_no_request_of_the_fuzzers_reaches_an_engine_without_a_key(start):
+    world = await attacked(start)
+    endpoints = dict.fromkeys(("m", "w"), await world.engine(says(b"served")))
+    for name, engine in endpoints.items():
+        world.route(name, {f"{name}-1": engine}, adapters=("a",))
+    seen = b""
+    for path in CORPUS:
+        wire = await world.client()
+        await wire.send(path.read_bytes())
+        wire.writer.write_eof()
+        with contextlib.suppress(ConnectionError):
+            seen += await wire.reader.read()
+    statuses = set(re.findall(rb"^HTTP/1.1 (\d+) ", seen, re.MULTILINE))
+    assert b"401" in statuses
+    assert all(status >= b"400" for status in statuses)
+    assert reached(world) == 0

@@ -1,7 +1,10 @@
 """A revoked key: its running requests end at once, others are not disturbed."""
 
 import asyncio
+import contextlib
 import json
+from collections import Counter
+from random import Random
 
 import pytest
 from fakes.api_keys import ALICE, BOB, ask, bearer, change, error, keyed, record
@@ -203,3 +206,40 @@ async def test_revoking_an_idle_key_disturbs_nobody(world):
     revoke(world, "bob")
     await wire.send(answer(200))  # not a request
     assert (await wire.answer()).status == 400
+
+
+async def test_keys_that_change_under_load_leave_nothing_behind(world):
+    """Streams, held requests and bodies end in all ways while keys come and go."""
+    random = Random(7)
+    world.route("m", {"pod-1": await world.engine(stream), "pod-2": await world.engine(never)})
+    world.route("cold", {})
+    statuses: Counter[int] = Counter()
+
+    async def client(key: str) -> None:
+        while True:
+            wire = await world.client()
+            model = random.choice(("m", "m", "cold"))
+            request = post("/v1/chat/completions", b'{"model":"%b"}' % model.encode(), bearer(key))
+            await wire.send(request[: random.choice((None, None, -3))])
+            with contextlib.suppress(Broken, ConnectionError):
+                head = await wire.head()
+                statuses[head.status] += 1
+                await wire.body(head)
+            wire.close()
+
+    clients = [asyncio.create_task(client(key)) for key in (ALICE, BOB) * 6]
+    for _ in range(60):
+        name, key = random.choice((("alice", ALICE), ("bob", BOB)))
+        fields = {"priority": random.randrange(3), "models": random.choice(("", "x=1"))}
+        change(world, name, random.choice((None, record(name, key), record(name, key, **fields))))
+        changed = statuses.total()
+        with contextlib.suppress(TimeoutError):  # until requests have gone on, if any can
+            async with asyncio.timeout(0.02):
+                await until(lambda: statuses.total() > changed)  # noqa: B023 (awaited here)
+    for task in clients:
+        task.cancel()
+    await asyncio.gather(*clients, return_exceptions=True)
+    revoke(world)
+    revoke(world, "bob")
+    await world.at_rest()
+    assert {401, 200} <= set(statuses)
