@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kubeai.cli.options import Output, check_output, default_data_dir
+from kubeai.errors import KubeAIError
 
 if TYPE_CHECKING:
     from kubeai.client.keys import ListedKey
@@ -190,11 +191,15 @@ def _find_kubeconfig(given: Path | None) -> str | None:
         return str(given)
     if os.environ.get("KUBECONFIG") or os.environ.get("KUBERNETES_SERVICE_HOST"):
         return None
-    for path in (Path.home() / ".kube" / "config", default_data_dir() / "kubeconfig"):
+    places = Path.home() / ".kube" / "config", default_data_dir() / "kubeconfig"
+    for path in places:
         if path.is_file():
             print(f"using {path}", file=sys.stderr)
             return str(path)
-    return None
+    raise KubeAIError(
+        f"no Kubernetes API: KUBECONFIG is not set, this is not a pod, and there is neither "
+        f"{places[0]} nor {places[1]}; start `kubeai local`, or use --kubeconfig"
+    )
 
 
 def _print(listed: "list[ListedKey]") -> None:

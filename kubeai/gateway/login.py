@@ -47,6 +47,7 @@ button { margin-top: .9rem; border-color: transparent; background: light-dark(#2
   color: light-dark(#fff, #0e1116); font-weight: 600; cursor: pointer; }
 :focus-visible { outline: 2px solid light-dark(#2f5bd7, #8aabff); outline-offset: 2px; }
 .error { margin: 0 0 1rem; color: light-dark(#b3261e, #f58a82); overflow-wrap: anywhere; }
+.hint code { white-space: nowrap; }
 .hint { margin: .9rem 0 0; color: light-dark(#5a6371, #97a1b0); font-size: .87rem; }
 """
 _STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()

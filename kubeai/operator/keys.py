@@ -88,7 +88,8 @@ class Keys:
         for name in self._secrets.keys() - given.keys():
             self._set(name, None)
         for name, secret in given.items():
-            self._set(name, _known(secret))
+            if not self._is_known(secret.metadata):
+                self._set(name, _known(secret))
         if not self.listed:
             log.info("API keys listed", keys=len(self._published), unusable=len(self._problems))
         self.listed = True
@@ -105,6 +106,16 @@ class Keys:
             self._emit(self._secrets[name], reason, message, warning=True)
 
     # -- implementation --------------------------------------------------------------------------
+
+    def _is_known(self, metadata: ObjectMeta) -> bool:
+        """Whether this version has been seen: a new list mostly has those of the last one."""
+        known = self._secrets.get(metadata.name)
+        return (
+            known is not None
+            and metadata.resource_version != ""
+            and known.metadata.resource_version == metadata.resource_version
+            and known.metadata.uid == metadata.uid
+        )
 
     def _set(self, name: str, new: Known | None) -> None:
         old = self._secrets.pop(name, None)

@@ -234,7 +234,6 @@ class TestCommandLine:
         (("home", "local"), {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
         (("home", "local"), {}, "home/.kube/config"),
         (("local",), {}, "data/kubeai/kubeconfig"),
-        ((), {}, None),
     ],
 )
 def test_which_kubeconfig_is_used(monkeypatch, tmp_path, present, environment, found):
@@ -250,6 +249,23 @@ def test_which_kubeconfig_is_used(monkeypatch, tmp_path, present, environment, f
         monkeypatch.setenv(name, value)
     assert command._find_kubeconfig(None) == (found and str(tmp_path / found))
     assert command._find_kubeconfig(tmp_path / "given") == str(tmp_path / "given")
+
+
+def test_without_a_kubeconfig_the_error_says_what_to_do(monkeypatch, tmp_path):
+    for name in ("KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    with pytest.raises(KubeAIError, match="start `kubeai local`, or use --kubeconfig"):
+        command._find_kubeconfig(None)
+
+
+def test_clients_take_the_key_from_kubeais_variable_before_openais():
+    from kubeai.cli.options import ApiKey
+    from kubeai.loadtest.arguments import API_KEY_VARIABLES
+
+    assert API_KEY_VARIABLES == ["KUBEAI_API_KEY", "OPENAI_API_KEY"]
+    assert ApiKey.__metadata__[0].envvar == API_KEY_VARIABLES
 
 
 def test_the_command_has_the_limits_of_the_api():

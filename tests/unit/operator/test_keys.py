@@ -149,6 +149,21 @@ def test_a_new_list_removes_what_is_gone_and_keeps_the_rest(keys, world):
     assert world.log.count(("b", True)) == 1
 
 
+def test_a_list_of_versions_that_are_known_changes_nothing(keys, world):
+    def at(version, *args, **fields):
+        given = manifest(*args, **fields)
+        given["metadata"]["resourceVersion"] = version
+        return msgspec.convert(given, KeySecret)
+
+    keys.changed("ADDED", at("5", rpm="1"))
+    keys.replace([at("5", rpm="1")])
+    assert world.log == [("alice", True)]
+    keys.replace([at("6", rpm="2")])
+    assert world.keys["alice"].requests_per_minute == 2
+    keys.replace([at("6", rpm="2", uid="another")])
+    assert world.log[2:] == [("alice", False), ("alice", True)]
+
+
 def test_a_new_leader_reports_what_is_unusable(keys, world):
     keys.changed("ADDED", secret(rpm="x"))
     keys.changed("ADDED", secret("b", "k2", tpm="y"))
