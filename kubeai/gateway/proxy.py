@@ -189,8 +189,11 @@ class Proxy(AdmittedRequest):
         """
         only = None
         if request.previous_response_id is not None:
+            routed = self._find(request)
+            self._request = request
+            self._charge_key()  # before it costs requests to the engines
             only = await self.context.stored_responses.endpoint_of(
-                self._find(request), self, request.previous_response_id
+                routed, self, request.previous_response_id
             )
         # The model may have been deleted or created again meanwhile.
         return self._admit(request, self._find(request), only=only) or await self._hold()
@@ -242,6 +245,8 @@ class Proxy(AdmittedRequest):
     async def _find_stored(self) -> Reservation:
         """Find the replica that has the stored response of the path, and count the request."""
         response_id = classify(self.method, self.target).id or ""
+        self._request = openai.named(self._kind, response_id)  # its Model is not known yet
+        self._charge_key()  # before it costs requests to the engines
         owner = await self.context.stored_responses.find(
             self.context.routes, self, response_id, self._selects
         )
