@@ -249,26 +249,30 @@ cdef class FastPath(EarlyStream):
 
     cdef bint _is_within_limits(self) except -1:
         try:
-            self._charge_key()
+            self._charge_once()
         except BadRequest as error:
             self._refuse(error)
             return False
         return True
 
-    cpdef _charge_key(self):
+    def _charge_key(self):
         """Count the request for its key, once. BadRequest if it exceeds a limit."""
+        self._charge_once()
+
+    cdef int _charge_once(self) except -1:
         cdef FastPathContext context = <FastPathContext> self.downstream.relay.context
         cdef bytes lines
         if self._key is None or self._charge is not None or context.limits is None:
-            return
+            return 0
         self._charge = charge_for(context.limits, self._key, self._prompt, self._request)
         if self._charge is None:
-            return
+            return 0
         lines = limit_lines(self._key, self._charge)
         if lines is not None:
             self._add_common_headers(lines)
         if self._charge._excess != WITHIN:
             raise refusal(self._key, self._charge)
+        return 0
 
     @property
     def context(self):

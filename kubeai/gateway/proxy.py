@@ -303,6 +303,8 @@ class Proxy(FallbackRequest):
         A canary or a fallback may have made it. The request is then for that Model.
         """
         asked = self._find(request)
+        self._request = request
+        self._charge_key()  # before it costs requests to the engines
         owner = await self.context.stored_responses.owner_of(
             [asked, *self._substitutes(asked.route)], self, response_id
         )
@@ -358,6 +360,8 @@ class Proxy(FallbackRequest):
         """Find the replica that has the stored response of the path, and count the request."""
         response_id = classify(self.method, self.target).id or ""
         check_owner(response_id, self._key)
+        self._request = openai.named(self._kind, response_id)  # its Model is not known yet
+        self._charge_key()  # before it costs requests to the engines
         owner = await self.context.stored_responses.find(
             self.context.routes, self, response_id, self._may_use
         )

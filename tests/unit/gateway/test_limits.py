@@ -375,6 +375,42 @@ async def test_large_bodies_uploads_and_batches_count_too(keyed):
     await refused(wire)
 
 
+STORED = "/openai/v1/responses/resp_a"
+
+
+def stored_as(name: str, path: str = STORED) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\n{bearer(name)}\r\n\r\n".encode()
+
+
+async def test_a_stored_response_is_a_request_without_tokens(keyed):
+    world = keyed.world
+    body = b'{"id":"resp_a","usage":{"input_tokens":900,"output_tokens":50}}'
+    world.route("m", {"a": await world.engine(says(body))})
+    keyed.add("k", requests_per_minute=10, tokens_per_minute=1000)
+    wire = await world.client()
+    await wire.send(stored_as("k"))
+    assert (await wire.answer()).status == 200
+    await until(lambda: keyed.use("k") == Use(0, 1, 0))
+
+
+async def test_no_engine_is_asked_for_a_stored_response_beyond_the_limit(keyed):
+    world = keyed.world
+    engine = await world.engine(failing(404))
+    world.route("m", {"a": engine})
+    keyed.add("k", requests_per_minute=1)
+    wire = await world.client()
+    await wire.send(stored_as("k"))
+    assert (await wire.answer()).status == 404
+    asked = len(engine.requests)
+    assert asked
+    await wire.send(stored_as("k"))
+    await refused(wire)
+    previous = ask_as("k", path="/openai/v1/responses", previous_response_id="resp_a")
+    await wire.send(previous)
+    await refused(wire)
+    assert len(engine.requests) == asked
+
+
 async def test_a_websocket_is_one_request_in_flight_until_it_closes(keyed):
     world = keyed.world
 
