@@ -43,6 +43,11 @@ class Picker:
 
         If requests wait in another replica, one place is left to them. With a capacity, the request's work is charged to the tenant's account.
         """
+    def settle(self, tenant: str, output_tokens: int) -> int:
+        """Charge a tenant for the output of a request, beyond what every request is charged.
+
+        Without a capacity there are no accounts.
+        """
     def pick_beyond_capacity(
         self, prompt: Prompt, adapter: str | None = None, exclude: Iterable[str] = ()
     ) -> Reservation | None:

@@ -137,6 +137,14 @@ cdef class Picker:
             )
         return reservation
 
+    cpdef int settle(self, str tenant, uint32_t output_tokens) except -1:
+        """See the stub."""
+        if self.queues is not None and output_tokens > REQUEST_TOKENS:
+            self.queues.charge_more(
+                self.ring.row, self.ring.generation, tenant, output_tokens - REQUEST_TOKENS
+            )
+        return 0
+
     def pick_beyond_capacity(self, Prompt prompt, str adapter=None, object exclude=()):
         """See the stub."""
         self.ring.capacity = 0

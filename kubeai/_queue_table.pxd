@@ -61,5 +61,8 @@ cdef class QueueTable(SharedMemory):
     cdef int charge_now(
         self, Py_ssize_t row, uint32_t generation, str tenant, uint64_t work
     ) except -1
+    cdef int charge_more(
+        self, Py_ssize_t row, uint32_t generation, str tenant, uint64_t work
+    ) except -1
     cdef void freed(self, Py_ssize_t row) noexcept
     cdef bint _wake(self, int column) noexcept

@@ -339,6 +339,20 @@ cdef class QueueTable(SharedMemory):
         self._charge(row, account, max(self._round(row), self._paid(row, account)), work)
         return 0
 
+    cdef int charge_more(
+        self, Py_ssize_t row, uint32_t generation, str tenant, uint64_t work
+    ) except -1:
+        """Charge a tenant for work that a request has turned out to be, besides what was known.
+
+        An account that lies in the past is not brought forward: its tenant was idle meanwhile.
+        """
+        cdef uint64_t account = self._account_of(row, generation, tenant)
+        cdef uint64_t ends = self._paid(row, account) + min(work, <uint64_t> _LEAD_MAX_TOKENS // 2)
+        cdef uint64_t *cells = &self.account_cells[(account % ACCOUNTS) * self.stride]
+        if self._column >= 0:
+            put_u64(&cells[self._column], (account & ~TAG_MASK) | (ends & TAG_MASK))
+        return 0
+
     # -- heads -------------------------------------------------------------------------------
 
     def publish(self, Py_ssize_t row, int priority, uint64_t start, bint blocked=False):

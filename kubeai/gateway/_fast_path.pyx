@@ -361,8 +361,11 @@ cdef class FastPath(EarlyStream):
         if self.upstream.head.is_compressed():  # then it was found by chance
             return 0
         self.usage = usage
+        cdef Picker picker = <Picker?> self._routed.picker
         if usage.prompt_tokens != <uint32_t> UNKNOWN_TOKENS:
-            (<Picker?> self._routed.picker).learn_tokens(self._prompt, usage.prompt_tokens)
+            picker.learn_tokens(self._prompt, usage.prompt_tokens)
+        if picker.queues is not None:
+            picker.settle(self._tenant, known(usage.output_tokens))
         self._reservation._count_reported(
             known(usage.prompt_tokens), known(usage.cached_tokens), known(usage.output_tokens)
         )

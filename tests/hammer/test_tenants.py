@@ -105,9 +105,7 @@ async def test_waiting_requests_delay_another_tenants_by_one_service(monkeypatch
     busy = Busy()
     engine = await Engine(busy).start()
     route = Route("m", "VLLM", endpoints=(Endpoint("a", engine.address),), capacity=CAPACITY)
-    fleet = await Fleet.start(
-        [route], workers=WORKERS, hold_max_requests=MANY, drain_accept_s=0.0
-    )
+    fleet = await Fleet.start([route], workers=WORKERS, hold_max_requests=MANY, drain_accept_s=0.0)
     wires = []
     try:
         wires += [await ask(fleet, "many") for _ in range(MANY)]

@@ -17,6 +17,8 @@ TENANT = "X-Gateway-Inference-Fairness-ID"
 OBJECTIVE = "X-Gateway-Inference-Objective"
 QUEUE = QueueConfig(objectives={"batch": -10, "urgent": 10})
 
+LONG = b'{"usage":{"prompt_tokens":9,"total_tokens":2009,"completion_tokens":2000}}'
+
 
 class Busy:
     """An engine that answers when the test says so, in the order in which requests came."""
@@ -30,7 +32,8 @@ class Busy:
         self.came.append(request)
         self._left.append(done)
         await done.wait()
-        await wire.send(answer(200, b"ok"))
+        body = LONG if request.one(TENANT) == "talks" else b"ok"
+        await wire.send(answer(200, body))
 
     async def finish_one(self):
         """Answer the oldest request; return once it and the next one are there."""
@@ -95,6 +98,18 @@ async def test_tenants_named_by_llm_ds_header_take_turns(busy):
     wires.append(await send(world, ask("m", f"{TENANT}: one"), 6))
     tenants = await engine.serve_all(7)
     assert tenants.index("one") == 1  # after the request that was being served
+    for wire in wires:
+        assert (await wire.answer()).status == 200
+
+
+async def test_a_tenant_pays_for_the_output_that_its_engine_reports(busy):
+    world, engine = await busy()
+    tenants = ["talks", "talks", "brief", "brief", "brief"]
+    wires = [
+        await send(world, ask("m", f"{TENANT}: {tenant}"), held)
+        for held, tenant in enumerate(tenants)
+    ]
+    assert await engine.serve_all(5) == ["talks", "brief", "brief", "brief", "talks"]
     for wire in wires:
         assert (await wire.answer()).status == 200
 

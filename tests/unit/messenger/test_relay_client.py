@@ -287,6 +287,40 @@ async def test_a_cancellation_ends_the_request_at_the_engine(start):
     await world.at_rest()
 
 
+async def test_a_message_for_a_saturated_model_keeps_its_handler_while_it_waits(start):
+    """So a stream takes no more messages from its broker than it has handlers."""
+    world = await start()
+    answering = asyncio.Event()
+
+    async def script(wire, message):
+        await answering.wait()
+        await wire.send(answer())
+
+    world.route("m", {"pod": await world.engine(script)}, capacity=1)
+    gates = [Gate(), Gate()]
+    tasks = [sending(world, gate=gate, request_id=f"id-{n}") for n, gate in enumerate(gates)]
+    await until(lambda: world.held("m") == 1)
+    answering.set()
+    assert [(await task).status for task in tasks] == [200, 200]
+    assert [gate.told for gate in gates] == [[], []]
+
+
+async def test_messages_held_for_a_cold_model_wait_for_places_too(start):
+    world = await start()
+    most = []
+
+    async def script(wire, message):
+        most.append(world.in_flight("m"))
+        await wire.send(answer())
+
+    world.route("m", {}, capacity=1)
+    tasks = [sending(world, request_id=f"id-{n}") for n in range(3)]
+    await until(lambda: world.held("m") == 3)
+    world.route("m", {"pod": await world.engine(script)}, capacity=1)
+    assert [(await task).status for task in tasks] == [200] * 3
+    assert most == [1, 1, 1]
+
+
 async def test_a_cancellation_ends_a_hold(start):
     world = await start()
     world.route("m", {})

@@ -245,6 +245,18 @@ async def test_tenants_get_equal_shares_however_many_workers_they_use(site):
         assert abs(order[:length].count("w") - order[:length].count("n")) <= 2
 
 
+async def test_long_outputs_are_charged_when_they_are_known(site):
+    site.route(["a"])
+    worker = site.workers[0]
+    first = worker.pick_new("talks")
+    tasks = [worker.ask(name) for name in ("talks", "brief", "brief", "brief", "brief")]
+    await site.settle()
+    worker.model.picker.settle("talks", 256 * 3)  # twice what a request counts as, more
+    first.release()
+    order = tenants(await serve_all(site, tasks))
+    assert order == "brief" * 3 + "talks" + "brief"
+
+
 async def test_a_higher_priority_in_any_worker_is_served_first(site):
     site.route(["a"])
     first = site.workers[0].pick_new()
