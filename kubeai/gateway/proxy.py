@@ -346,10 +346,10 @@ class Proxy(FallbackRequest):
 
         Also reads the client's limit on the wait for an endpoint.
         """
-        routed = self.context.routes.find(request.name)
+        named = routed = self.context.routes.find(request.name)
         if routed is None or request.adapter is not None:
             routed = find_model(self.context.models, self.context.aliases, request)
-        check_model(self._key, routed, request.model)
+        check_model(self._key, routed or named, request.model)
         if routed is None or not self._may_use(routed.route):
             raise model_not_found(request.model)
         check_engine(request.kind, routed.route)

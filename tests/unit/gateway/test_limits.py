@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from kubeai._keys import Key
 from kubeai._prompt import Prompt
 from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway._key_limits import OUTPUT_TOKENS, expected_tokens
+from kubeai.gateway.stored_responses import owned
 from kubeai.openai import request as openai
 from kubeai.openai.routes import Kind
 
@@ -375,10 +377,14 @@ async def test_large_bodies_uploads_and_batches_count_too(keyed):
     await refused(wire)
 
 
-STORED = "/openai/v1/responses/resp_a"
+def stored_id(name: str) -> str:
+    """The ID of a stored response that belongs to the key of this name."""
+    sent = json.loads(owned(b'{"model":"m"}', SimpleNamespace(tenant=name)))  # type: ignore[arg-type]
+    return str(sent["request_id"])
 
 
-def stored_as(name: str, path: str = STORED) -> bytes:
+def stored_as(name: str) -> bytes:
+    path = f"/openai/v1/responses/{stored_id(name)}"
     return f"GET {path} HTTP/1.1\r\nHost: x\r\n{bearer(name)}\r\n\r\n".encode()
 
 
@@ -405,7 +411,7 @@ async def test_no_engine_is_asked_for_a_stored_response_beyond_the_limit(keyed):
     assert asked
     await wire.send(stored_as("k"))
     await refused(wire)
-    previous = ask_as("k", path="/openai/v1/responses", previous_response_id="resp_a")
+    previous = ask_as("k", path="/openai/v1/responses", previous_response_id=stored_id("k"))
     await wire.send(previous)
     await refused(wire)
     assert len(engine.requests) == asked

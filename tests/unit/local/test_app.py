@@ -91,6 +91,7 @@ def test_each_engine_is_logged_with_its_version_or_with_what_to_install():
 def greeting(options, *drafts, models=()):
     """The log at start: event → fields."""
     supervisor = SimpleNamespace(
+        keys=None,
         port=9000,
         metrics_address="127.0.0.1:9001",
         config=app._load_config(None),
