@@ -1,22 +1,22 @@
 # cython: language_level=3, nonecheck=True
 """The limits of API keys, as the gateway applies them to a request. Called by the fast path.
 
-A request is charged once, before it is admitted: its own request, and the tokens that it is expected
-to use. The charge is settled when the request has ended, with what the engine has reported, or else
+A request is charged once, before it is admitted: one request, and the tokens that it is expected to
+use. The charge is settled when the request has ended, with what the engine has reported, or else
 with the prompt's estimate and what was sent to the client. Responses to keys with a limit have the
 ``x-ratelimit-`` headers of OpenAI's API.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.math cimport ceil
-from libc.stdint cimport int64_t, uint32_t
-from libc.string cimport strlen
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
 
 from kubeai._key_table cimport KeyTable
 from kubeai._keys cimport Key
 from kubeai._limits cimport REQUESTS, TOKENS, TOO_LARGE, Charge, Quota, take
 from kubeai._prompt cimport Prompt
-from kubeai.gateway.relay._text cimport Bytes, put, view
+from kubeai.gateway.relay._text cimport put
 from kubeai.openai._body_scan cimport InferenceRequest
 from kubeai.openai._output cimport asked_tokens
 from kubeai.openai._usage cimport UNKNOWN_TOKENS, Usage
@@ -29,13 +29,12 @@ cdef enum:
     BYTES_PER_TOKEN = 5
     BYTES_PER_STREAMED_TOKEN = 200
     HEAD_BYTES = 200  # of what a client is sent, the response's head
+    DIGITS_MAX = 20  # of 64 bits
     LINES_MAX_BYTES = 512  # six lines of 32 characters and a number of at most 19 digits
     TOO_LARGE_RETRY_S = 60
 
 OUTPUT_TOKENS = OUTPUT_TOKENS_FIRST
 
-cdef bytes OF_REQUESTS = b"requests: "
-cdef bytes OF_TOKENS = b"tokens: "
 cdef double LEARNED_SHARE = 0.05  # of a new response in the mean
 
 
@@ -111,38 +110,33 @@ def refusal(Key key not None, Charge charge not None):
     )
 
 
-cdef char *put_number(char *to, int64_t number) noexcept:
-    """Write a number that is not negative; ten times as fast as ``snprintf``."""
-    cdef char digits[20]
-    cdef int n = 0
+cdef inline char *put_number(char *to, uint64_t number) noexcept:
+    """Write a number, at a fifth of the cost of ``snprintf``.
+
+    ``to`` has room for ``DIGITS_MAX`` characters: what follows the number is overwritten.
+    """
+    cdef char digits[2 * DIGITS_MAX]
+    cdef int at = DIGITS_MAX
+    memset(digits, 0, 2 * DIGITS_MAX)
     while True:
-        digits[n] = c"0" + <char> (number % 10)
+        at -= 1
+        digits[at] = c"0" + <char> (number % 10)
         number //= 10
-        n += 1
         if number == 0:
             break
-    while n:
-        n -= 1
-        to[0] = digits[n]
-        to += 1
-    return to
+    memcpy(to, &digits[at], DIGITS_MAX)  # a fixed size takes no call
+    return to + DIGITS_MAX - at
 
 
-cdef char *put_line(char *to, const char *name, Bytes what, int64_t number) noexcept:
-    """Write a header ``x-ratelimit-<name>-<what>``, without its end."""
-    to = put(to, b"x-ratelimit-", 12)
-    to = put(to, name, strlen(name))
-    to = put(to, what.at, what.size)
-    return put_number(to, number)
-
-
-cdef char *put_lines(
-    char *to, Bytes what, int64_t limit, int64_t left, int64_t reset_s
+cdef inline char *put_lines(
+    char *to, const char *of, Py_ssize_t of_size, int64_t limit, int64_t left, int64_t reset_s
 ) noexcept:
-    """Write the headers of one limit."""
-    to = put(put_line(to, b"limit-", what, limit), b"\r\n", 2)
-    to = put(put_line(to, b"remaining-", what, left), b"\r\n", 2)
-    to = put(put_line(to, b"reset-", what, reset_s // 60), b"m", 1)
+    """Write the headers of one limit. ``of``: the end of their names, with a colon and a space."""
+    to = put(put(to, b"x-ratelimit-limit-", 18), of, of_size)
+    to = put(put_number(to, limit), b"\r\nx-ratelimit-remaining-", 24)
+    to = put_number(put(to, of, of_size), left)
+    to = put(put(to, b"\r\nx-ratelimit-reset-", 20), of, of_size)
+    to = put(put_number(to, reset_s // 60), b"m", 1)
     return put(put_number(to, reset_s % 60), b"s\r\n", 3)
 
 
@@ -153,10 +147,10 @@ cdef bytes limit_lines(Key key, Charge charge):
     cdef int64_t reset_s = <int64_t> ceil(charge.reset_s)
     if key.requests_per_minute:
         to = put_lines(
-            to, view(OF_REQUESTS), key.requests_per_minute, charge.requests_left, reset_s
+            to, b"requests: ", 10, key.requests_per_minute, charge.requests_left, reset_s
         )
     if key.tokens_per_minute:
-        to = put_lines(to, view(OF_TOKENS), key.tokens_per_minute, charge.tokens_left, reset_s)
+        to = put_lines(to, b"tokens: ", 8, key.tokens_per_minute, charge.tokens_left, reset_s)
     return PyBytes_FromStringAndSize(lines, to - lines) if to != lines else None
 
 
