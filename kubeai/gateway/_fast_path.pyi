@@ -65,8 +65,9 @@ class FastPath(EarlyStream):
     _waited_s: float  # for an endpoint so far
     _key: Key | None  # the client's; None: it has none, and needs none
     _metered: bytes | None  # the payload that asks for usage where the client does not
-    _unmetered: bytes | None  # the same without; None: unknown, or it has been sent again
-    _forgoes_usage: bool  # the engine has rejected the payload that asks for usage
+    _unmetered: bytes | None  # the same without; None once it has been sent
+    # The Model whose engine has rejected ``_metered``; None: none
+    _refusing: routing.RoutedModel | None
 
     @property
     def context(self) -> Context: ...

@@ -208,7 +208,10 @@ async def test_a_compressed_body_that_does_not_stream_is_sent_as_it_came(keyed):
 
 @pytest.mark.parametrize("status", [400, 422])
 @pytest.mark.parametrize("length", [True, False])
-async def test_an_engine_that_rejects_the_field_is_sent_the_clients_body(keyed, status, length):
+@pytest.mark.parametrize("size", [400, 2 << 20])
+async def test_an_engine_that_rejects_the_field_is_sent_the_clients_body(
+    keyed, status, length, size
+):
     reason = b'{"error":"unknown field stream_options"}'
     head = f"HTTP/1.1 {status} Bad\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
     plain = streams(TOKEN, DONE)
@@ -222,7 +225,7 @@ async def test_an_engine_that_rejects_the_field_is_sent_the_clients_body(keyed, 
     world = await keyed()
     engine = await world.engine(script)
     world.route("m", {"pod": engine})
-    request = ask(stream=True)
+    request = ask(stream=True, prompt="x" * size)
     assert (await got(world, request)).body == TOKEN + DONE
     assert engine.requests[1].body == request.partition(b"\r\n\r\n")[2]
     assert (await got(world, request)).body == TOKEN + DONE
@@ -349,3 +352,15 @@ async def test_embeddings_count_their_prompt(keyed):
     request = post("/v1/embeddings", b'{"model":"m","input":"x"}', AUTHORIZATION)
     assert (await got(world, request)).status == 200
     assert await counted(world) == {"m": (1, 0, 5, 0, 0)}
+
+
+async def test_reading_a_stored_response_does_not_count_its_tokens_again(keyed):
+    async def script(wire: Wire, request: Message) -> None:
+        usage = {"input_tokens": 12, "output_tokens": 7}
+        await wire.send(answer(200, json.dumps({"id": "resp_1", "usage": usage}).encode()))
+
+    world = await keyed()
+    world.route("m", {"pod": await world.engine(script)})
+    request = f"GET /v1/responses/resp_1 HTTP/1.1\r\nHost: g\r\n{AUTHORIZATION}\r\n\r\n"
+    assert (await got(world, request.encode())).status == 200
+    assert await counted(world) == {"m": (1, 0, 0, 0, 0)}
