@@ -1,5 +1,6 @@
 """What a request uses is counted for its key, and the client of a stream sees nothing of it."""
 
+import asyncio
 import gzip
 import hashlib
 import json
@@ -135,6 +136,33 @@ async def test_the_report_is_found_and_removed_however_it_is_split(keyed, size):
     world = await keyed()
     world.route("m", {"pod": await world.engine(script)})
     assert (await got(world, ask(stream=True))).body == TOKEN + DONE
+
+
+async def test_the_framing_of_chunks_does_not_matter(keyed):
+    framed = (
+        chunk(TOKEN)
+        + b"0%X;name=value\r\n%b\r\n" % (len(TOKEN), TOKEN)
+        + chunk(TOKEN + TOKEN[:9])
+        + chunk(TOKEN[9:])
+        + chunk(REPORT)
+        + chunk(DONE)
+        + b"0\r\nTrailer: x\r\n\r\n"
+    )
+    cuts = iter(range(1, len(framed), 19))
+
+    async def script(wire: Wire, request: Message) -> None:
+        cut = next(cuts)
+        await wire.send(CHUNKED + framed[:cut])
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await wire.send(framed[cut:])
+
+    world = await keyed()
+    world.route("m", {"pod": await world.engine(script)})
+    count = len(range(1, len(framed), 19))
+    for _ in range(count):
+        assert (await got(world, ask(stream=True))).body == TOKEN * 4 + DONE
+    assert await counted(world) == {"m": (count, 0, 12 * count, 8 * count, 7 * count)}
 
 
 async def test_a_report_whose_bytes_come_apart_is_counted(keyed):
