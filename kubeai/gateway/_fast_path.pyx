@@ -53,7 +53,7 @@ cdef enum:
     RETRIES_MAX = 255  # that an entry of the journal can say
     TOKENS_MAX = 1 << 30  # of a request, as estimated
 
-# Engines whose events always have ``"usage":null``, also if nobody asks for usage.
+# Engines whose events may have ``"usage":null`` also if nobody asks for usage.
 cdef frozenset NULL_USAGE_ENGINES = frozenset(("SGLang",))
 
 
