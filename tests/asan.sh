@@ -16,6 +16,7 @@ case $python in */*) python=$(CDPATH='' cd -- "$(dirname -- "$python")" && pwd)/
     tests/unit/gateway/test_attempts.py tests/unit/gateway/test_ejection.py \
     tests/unit/gateway/test_moves.py tests/unit/gateway/test_draining.py \
     tests/unit/gateway/test_chaos.py tests/unit/gateway/test_model_names.py \
+    tests/unit/gateway/test_metering.py tests/unit/openai/test_usage_option.py \
     tests/unit/gateway/test_realtime.py tests/unit/gateway/test_realtime_session.py \
     tests/unit/gateway/test_compressed_bodies.py tests/unit/gateway/uploads tests/unit/loadtest/test_sse.py \
     tests/unit/loadtest/test_streams.py tests/fuzz

@@ -79,8 +79,9 @@ class FastPath(EarlyStream):
     _needs_admin: bool  # only an administrator's key may have it answered
     _charge: Charge | None  # to the key; None: it has no limits
     _metered: bytes | None  # the payload that asks for usage where the client does not
-    _unmetered: bytes | None  # the same without; None: unknown, or it has been sent again
-    _forgoes_usage: bool  # the engine has rejected the payload that asks for usage
+    _unmetered: bytes | None  # the same without; None once it has been sent
+    # The Model whose engine has rejected ``_metered``; None: none
+    _refusing: routing.RoutedModel | None
 
     @property
     def context(self) -> Context: ...

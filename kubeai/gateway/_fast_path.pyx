@@ -66,7 +66,7 @@ cdef enum:
     RETRIES_MAX = 255  # that an entry of the journal can say
     TOKENS_MAX = 1 << 30  # of a request, as estimated
 
-# Engines whose events always have ``"usage":null``, also if nobody asks for usage.
+# Engines whose events may have ``"usage":null`` also if nobody asks for usage.
 cdef frozenset NULL_USAGE_ENGINES = frozenset(("SGLang",))
 
 
@@ -173,8 +173,8 @@ cdef class FastPath(EarlyStream):
     cdef public bint _needs_admin  # only an administrator's key may have it answered
     cdef public Charge _charge  # to the key; None: it has no limits
     cdef public bytes _metered  # the payload that asks for usage where the client does not
-    cdef public bytes _unmetered  # the same without; None: unknown, or it has been sent again
-    cdef public bint _forgoes_usage  # the engine has rejected the payload that asks for usage
+    cdef public bytes _unmetered  # the same without; None once it has been sent
+    cdef public object _refusing  # the Model whose engine has rejected ``_metered``; None: none
     cdef JsonRoute json_route
     # For the journal.
     cdef double began_s  # CLOCK_MONOTONIC; 0: not recorded
@@ -329,20 +329,20 @@ cdef class FastPath(EarlyStream):
         """Have the engine report the tokens of a stream, and the relay remove the report again."""
         cdef FastPathContext context = <FastPathContext> self.downstream.relay.context
         cdef bytes metered
-        if self._forgoes_usage:
+        if self._refusing is self._routed:
             return 0
-        if self._payload is self._metered:
-            if self.usage_filter is not None:
-                return 0
-        else:
+        if self._payload is not self._metered:
             self.usage_filter = None
             metered = with_usage(<InferenceRequest?> self._request, self._payload)
             if metered is None:
                 return 0
-            if context.usage_refusals is not None and self._routed in context.usage_refusals:
-                return 0
             self._unmetered = self._payload
             self._payload = self._metered = metered
+        elif self.usage_filter is not None:
+            return 0
+        if context.usage_refusals is not None and self._routed in context.usage_refusals:
+            self._payload = self._unmetered
+            return 0
         self.usage_filter = UsageFilter(self._routed.route.engine in NULL_USAGE_ENGINES)
         return 0
 
@@ -393,7 +393,7 @@ cdef class FastPath(EarlyStream):
                 self._record(context.journal)
             if self._key is not None and context.meter is not None:
                 self._meter(context.meter)
-                if self._forgoes_usage and self.status == 200:
+                if self._refusing is self._routed and self.status == 200:
                     if context.usage_refusals is None:
                         context.usage_refusals = UsageRefusals()
                     context.usage_refusals.add(self._routed)
@@ -459,7 +459,10 @@ cdef class FastPath(EarlyStream):
         cdef bint knows_output = usage.output_tokens != <uint32_t> UNKNOWN_TOKENS
         cdef bint is_reported = knows_output or usage.prompt_tokens != <uint32_t> UNKNOWN_TOKENS
         cdef bint is_estimated = False
-        if streams and self.whole and knows_output:
+        if self.json_route is None and self._kind.is_stored:  # counted when it was computed
+            forget_usage(usage)
+            is_reported = True
+        elif streams and self.whole and knows_output:
             meter.learn(model, self.answer_bytes, usage.output_tokens)
         # A response that has begun, or a request that the client has given up at an engine.
         if self._reservation is not None and (

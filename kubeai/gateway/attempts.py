@@ -75,13 +75,13 @@ class AdmittedRequest(FastPath):
         if self._unmetered is None or self._payload is not self._metered:
             return False
         self._payload = self._unmetered
-        self._forgoes_usage = True
+        self._refusing = self._routed
         self.usage_filter = None
         return True
 
     @override
     def retry(self) -> None:
-        if self._forgoes_usage and self._unmetered is not None:
+        if self._refusing is self._routed and self._unmetered is not None:
             assert self._reservation is not None, "an attempt has a reservation"
             self._unmetered = None
             self._attempt(self._reservation)

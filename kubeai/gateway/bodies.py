@@ -36,8 +36,8 @@ class ReadBody(NamedTuple):
 
     request: InferenceRequest
     prompt: Prompt
-    payload: bytes
-    asks_for_usage: bool = False  # the payload does, and the client does not
+    payload: bytes  # the client's, but for the model
+    metered: bytes | None = None  # the same that asks for usage; None: nothing is to be added
 
 
 def check_coding(exchange: Exchange, *, is_form: bool) -> None:
@@ -104,4 +104,4 @@ async def read_body(
         if not changed and not context.config.decompress_bodies:
             return ReadBody(request, prompt, exchange.body)
         exchange.drop_header(b"content-encoding")
-    return ReadBody(request, prompt, metered or payload, metered is not None)
+    return ReadBody(request, prompt, payload, metered)

@@ -277,8 +277,9 @@ class Proxy(FallbackRequest):
             is_metered=self._key is not None,
         )
         self._prompt, self._payload = read.prompt, read.payload
-        if read.asks_for_usage:
-            self._metered = read.payload
+        if read.metered is not None:
+            self._payload = self._metered = read.metered
+            self._unmetered = read.payload
         return await self._continue(read.request)
 
     async def _continue(self, request: InferenceRequest) -> Reservation:

@@ -6,7 +6,7 @@ write because of it is removed, byte for byte:
 
 - the event whose data has an empty list of ``choices`` and an object as ``usage``;
 - the member ``"usage":null`` of the other events' data, with the comma and the spaces that separate
-  it. Some engines write it without being asked, too: with ``keeps_null`` it stays.
+  it. Engines that write it without being asked, too, are filtered with ``keeps_null``: it stays.
 
 All else is passed on as it comes. Only members at the top level of an event's data count. Contents
 cannot pass for one: quotes in a JSON string are escaped. An event with several lines of data, or

@@ -22,6 +22,7 @@ from kubeai.supervisor.usage.store import UsageStore, day_of
 log = get_logger(__name__)
 
 FLUSH_INTERVAL_S = 30.0
+FLUSH_JITTER = 1.1  # times the interval, at most
 TIDY_INTERVAL_S = 3600.0
 LAST_FLUSH_TIMEOUT_S = 10.0
 
@@ -60,7 +61,7 @@ class UsageBook:
         tidied_s = -TIDY_INTERVAL_S
         while True:
             # Replicas that start together do not write together.
-            await asyncio.sleep(FLUSH_INTERVAL_S * random.uniform(0.9, 1))
+            await asyncio.sleep(FLUSH_INTERVAL_S * random.uniform(1, FLUSH_JITTER))
             await self._store.flush()
             known = self._keys()
             if known is None:

@@ -1,5 +1,6 @@
 """What a request uses is counted for its key, and the client of a stream sees nothing of it."""
 
+import asyncio
 import gzip
 import hashlib
 import json
@@ -137,6 +138,33 @@ async def test_the_report_is_found_and_removed_however_it_is_split(keyed, size):
     assert (await got(world, ask(stream=True))).body == TOKEN + DONE
 
 
+async def test_the_framing_of_chunks_does_not_matter(keyed):
+    framed = (
+        chunk(TOKEN)
+        + b"0%X;name=value\r\n%b\r\n" % (len(TOKEN), TOKEN)
+        + chunk(TOKEN + TOKEN[:9])
+        + chunk(TOKEN[9:])
+        + chunk(REPORT)
+        + chunk(DONE)
+        + b"0\r\nTrailer: x\r\n\r\n"
+    )
+    cuts = iter(range(1, len(framed), 19))
+
+    async def script(wire: Wire, request: Message) -> None:
+        cut = next(cuts)
+        await wire.send(CHUNKED + framed[:cut])
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await wire.send(framed[cut:])
+
+    world = await keyed()
+    world.route("m", {"pod": await world.engine(script)})
+    count = len(range(1, len(framed), 19))
+    for _ in range(count):
+        assert (await got(world, ask(stream=True))).body == TOKEN * 4 + DONE
+    assert await counted(world) == {"m": (count, 0, 12 * count, 8 * count, 7 * count)}
+
+
 async def test_a_report_whose_bytes_come_apart_is_counted(keyed):
     framed = chunk(TOKEN) + chunk(REPORT) + chunk(DONE) + chunk(b"")
     cut = framed.index(b'"completion_tokens"') + 5
@@ -208,7 +236,10 @@ async def test_a_compressed_body_that_does_not_stream_is_sent_as_it_came(keyed):
 
 @pytest.mark.parametrize("status", [400, 422])
 @pytest.mark.parametrize("length", [True, False])
-async def test_an_engine_that_rejects_the_field_is_sent_the_clients_body(keyed, status, length):
+@pytest.mark.parametrize("size", [400, 2 << 20])
+async def test_an_engine_that_rejects_the_field_is_sent_the_clients_body(
+    keyed, status, length, size
+):
     reason = b'{"error":"unknown field stream_options"}'
     head = f"HTTP/1.1 {status} Bad\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
     plain = streams(TOKEN, DONE)
@@ -222,7 +253,7 @@ async def test_an_engine_that_rejects_the_field_is_sent_the_clients_body(keyed, 
     world = await keyed()
     engine = await world.engine(script)
     world.route("m", {"pod": engine})
-    request = ask(stream=True)
+    request = ask(stream=True, prompt="x" * size)
     assert (await got(world, request)).body == TOKEN + DONE
     assert engine.requests[1].body == request.partition(b"\r\n\r\n")[2]
     assert (await got(world, request)).body == TOKEN + DONE
@@ -349,3 +380,15 @@ async def test_embeddings_count_their_prompt(keyed):
     request = post("/v1/embeddings", b'{"model":"m","input":"x"}', AUTHORIZATION)
     assert (await got(world, request)).status == 200
     assert await counted(world) == {"m": (1, 0, 5, 0, 0)}
+
+
+async def test_reading_a_stored_response_does_not_count_its_tokens_again(keyed):
+    async def script(wire: Wire, request: Message) -> None:
+        usage = {"input_tokens": 12, "output_tokens": 7}
+        await wire.send(answer(200, json.dumps({"id": "resp_1", "usage": usage}).encode()))
+
+    world = await keyed()
+    world.route("m", {"pod": await world.engine(script)})
+    request = f"GET /v1/responses/resp_1 HTTP/1.1\r\nHost: g\r\n{AUTHORIZATION}\r\n\r\n"
+    assert (await got(world, request.encode())).status == 200
+    assert await counted(world) == {"m": (1, 0, 0, 0, 0)}

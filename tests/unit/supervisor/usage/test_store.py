@@ -13,7 +13,7 @@ from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CONFIGMAPS
 from kubeai.routing.usage import UsageReport, UsageRow
 from kubeai.supervisor.usage import shards
-from kubeai.supervisor.usage.book import FLUSH_INTERVAL_S, UsageBook
+from kubeai.supervisor.usage.book import FLUSH_INTERVAL_S, FLUSH_JITTER, UsageBook
 from kubeai.supervisor.usage.ledger import UsageLedger
 from kubeai.supervisor.usage.store import RETENTION_DAYS, UsageStore
 
@@ -303,7 +303,7 @@ async def test_usage_is_stored_while_running_and_at_the_end(kube):
     running = asyncio.create_task(book.run())
     row = UsageRow("a", "t", "m", 1, 0, 10, 2, 5)
     book.add(UsageReport((row,)))
-    await asyncio.sleep(FLUSH_INTERVAL_S + 1)
+    await asyncio.sleep(FLUSH_INTERVAL_S * FLUSH_JITTER + 1)
     assert (await counts(kube)).requests == 1
     book.add(UsageReport((row, row)))
     running.cancel()

@@ -11,7 +11,7 @@ from kubeai._load import LoadTable
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.usage import UsageReport, UsageRow
 from kubeai.supervisor.metrics import Metrics
-from kubeai.supervisor.usage.book import FLUSH_INTERVAL_S, UsageBook
+from kubeai.supervisor.usage.book import FLUSH_INTERVAL_S, FLUSH_JITTER, UsageBook
 
 
 async def scrape(book, accept=""):
@@ -55,7 +55,7 @@ async def test_each_key_and_model_has_series_until_the_key_is_gone():
     assert found["key_requests_total", "b", "u", "m"] == 1
     keys.discard("a")
     running = asyncio.create_task(book.run())
-    await asyncio.sleep(FLUSH_INTERVAL_S + 1)
+    await asyncio.sleep(FLUSH_INTERVAL_S * FLUSH_JITTER + 1)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert {has[0] for _, *has in await scrape(book) if has} == {"b"}
