@@ -294,7 +294,7 @@ class Proxy(FallbackRequest):
             only = await self._find_previous(request, request.previous_response_id)
         # The Model may have been deleted or created again meanwhile.
         routed = self.context.routes.find(request.name)
-        if routed is None:
+        if routed is None or request.adapter not in (None, *routed.route.adapters):
             raise model_not_found(request.model)
         return self._admit(request, routed, only=only) or await self._hold()
 
