@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from datetime import UTC, datetime
+from typing import get_args
 
 import msgspec
 import pytest
@@ -265,7 +266,8 @@ def test_clients_take_the_key_from_kubeais_variable_before_openais():
     from kubeai.loadtest.arguments import API_KEY_VARIABLES
 
     assert API_KEY_VARIABLES == ["KUBEAI_API_KEY", "OPENAI_API_KEY"]
-    assert ApiKey.__metadata__[0].envvar == API_KEY_VARIABLES
+    (given,) = get_args(ApiKey)[1:]
+    assert given.envvar == API_KEY_VARIABLES
 
 
 def test_the_command_has_the_limits_of_the_api():
