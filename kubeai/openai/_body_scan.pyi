@@ -15,8 +15,8 @@ class Shape:
     ``previous`` the ID of a stored response.
     ``is_cached``: whether an engine keeps what it computes for such a prompt, and finds it again.
     ``has_prompt``: whether it computes one at all. ``streams``: whether the response is a stream
-    unless the body has ``"stream": false``. ``has_usage_option``: whether a stream reports its usage
-    only if the body has ``"stream_options": {"include_usage": true}``.
+    unless the body has ``"stream": false``. ``has_usage_option``: whether a stream reports its
+    usage only if the body has ``"stream_options": {"include_usage": true}``.
     """
 
     kind: Kind
