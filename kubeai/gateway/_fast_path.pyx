@@ -452,7 +452,7 @@ cdef class FastPath(EarlyStream):
         return 0
 
     cdef int _meter(self, Meter meter) except -1:
-        """Count the request for its key. Makes all of ``usage`` known, by estimates if necessary."""
+        """Count the request for its key. Afterwards all of ``usage`` is known, or estimated."""
         cdef Usage *usage = &self.usage
         cdef str model = self._routed.route.model
         cdef bint streams = self._prompt is not None and self._prompt.streams

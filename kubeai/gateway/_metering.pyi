@@ -6,10 +6,13 @@ from kubeai._keys import Key
 from kubeai.routing.usage import UsageRow
 
 @final
+class Counts:
+    """The sums over a key's requests to one Model. Not used from Python."""
+
+@final
 class Meter:
     """The counts of one worker; see :class:`.UsageRow`."""
 
-    def __init__(self) -> None: ...
     def take(self) -> tuple[UsageRow, ...]:
         """What has been counted since the last call."""
 

@@ -5,9 +5,9 @@ A worker has one :class:`Meter` if requests need a key. The fast path counts eac
 the request ends. ``take`` returns the counts and forgets them, so that memory is bounded by what is
 used between two calls, and each request is reported once.
 
-Where an engine reports no tokens, because it does not or because the client left before the end, the
-tokens of a stream are estimated from its size. What a token of a Model's streams takes is learned
-from those that report them.
+Where an engine reports no tokens, because it does not or because the client left before the end,
+the tokens of a stream are estimated from its size. What a token of a Model's streams takes is
+learned from those that report them.
 """
 
 cimport cython

@@ -72,9 +72,11 @@ cdef class ResponseBody:
         Sets ``ended`` or ``malformed``.
         """
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data) - at
-        self.is_unchanged = False
-        if self.usage_filter is not None and self._passes_filter(PyBytes_AS_STRING(data) + at, size):
-            self.is_unchanged = True
+        self.is_unchanged = self.usage_filter is not None and self._passes_filter(
+            PyBytes_AS_STRING(data) + at, size
+        )
+        if self.is_unchanged:
+            pass  # a whole chunk: the next one begins after it
         elif self.framing == CHUNKED:
             size = chunks_scan(
                 &self.chunks,
