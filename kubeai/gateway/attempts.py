@@ -254,13 +254,18 @@ class AdmittedRequest(FastPath):
         """Whose request it is: the key's tenant, or what the client says where keys are off."""
         if self._key is not None:
             return self._key.tenant or self._key.name
-        if self.context.keys is not None:
+        if self.context.keys is not None or self.context.request_type == "message":
             return ""
         return next(iter(self.headers(b"x-gateway-inference-fairness-id")), b"").decode("latin-1")
 
     @property
     def _priority(self) -> int:
-        """The key's priority, or the objective's if that is lower or there is no key."""
+        """The key's priority, or the objective's if that is lower or there is no key.
+
+        Messages have none.
+        """
+        if self.context.request_type == "message":
+            return 0
         objectives = self.context.config.queue.objectives
         given = None if self._key is None else self._key.priority
         for name in self.headers(b"x-gateway-inference-objective")[:1]:

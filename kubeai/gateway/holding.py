@@ -73,9 +73,8 @@ async def hold(
     The request is counted as held while it waits, and a replica of the model is demanded if it has
     none. A model that is known to be unable to start is neither waited for nor scaled up. If too
     many requests wait, one of a lower priority or of a tenant with more requests gets 429, or this
-    one 503. ``waiting``:
-    the request in the queue, with its tenant and priority. ``max_wait_s``: the client's own limit,
-    below ``holdTimeout``. ``during``: entered while the request waits.
+    one 503. ``waiting``: the request in the queue, with its tenant and priority. ``max_wait_s``:
+    the client's own limit, below ``holdTimeout``. ``during``: entered while the request waits.
     ``request_id``: for the context's ``hold_watcher``.
     """
     loop = asyncio.get_running_loop()
@@ -170,7 +169,12 @@ def _timed_out(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
 
 
 def _saturated(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
-    log.warning("no endpoint had room", model=request.model, waiting=len(routed.queue))
+    suppressed = _refusals.take(time.monotonic())
+    if suppressed is not None:
+        waiting = len(routed.queue)
+        log.warning(
+            "no endpoint had room", model=request.model, waiting=waiting, suppressed=suppressed
+        )
     return BadRequest(
         f"All replicas of the model {request.model!r} were busy until the end of the wait.",
         status=504,
@@ -188,7 +192,7 @@ def _displaced(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
         "or of a tenant with fewer waiting requests, has taken the place of this one.",
         status=429,
         code=QUEUE_FULL,
-        retry_after_s=_retry_after_s(routed),
+        retry_after_s=None if routed.can_serve(request.adapter) else _retry_after_s(routed),
     )
 
 
