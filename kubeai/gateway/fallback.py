@@ -157,8 +157,8 @@ class FallbackRequest(AdmittedRequest):
     def wants_retry(self, failure: int, status: int) -> bool:
         if super().wants_retry(failure, status):
             return True
-        if failure == STATUS and status == 501:  # no other Model is expected to do better
-            return False
+        if failure == STATUS and (status < 500 or status == 501):
+            return False  # no other Model is expected to do better
         if not any(map(self._may_answer, self._others())):
             return False
         assert self._fallbacks is not None, "there are others"
