@@ -73,8 +73,8 @@ class Gateway:
             raise KubeAIError(f"{self.origin}: the response ended early: {what}") from None
 
     def _unreachable(self, error: Exception) -> str:
-        number: int = getattr(getattr(error, "os_error", None), "errno", None) or 0
-        # asyncio's own text repeats the address; the numbers of lookups are negative.
+        number = getattr(getattr(error, "os_error", None), "errno", None) or 0
+        # asyncio's own text repeats the address; errors of name lookups have negative numbers.
         why = os.strerror(number) if number > 0 else str(error) or type(error).__name__
         start = "Start one with `kubeai local`, or name another with" if self._is_local else "Check"
         return f"no gateway can be reached at {self.origin} ({why}). {start} --base-url"

@@ -6,8 +6,10 @@ from typing import Any
 
 from fakes.wire import Message, Wire, post
 from fakes.world import World
+from kubeai._keys import Key
 from kubeai.api.config.system import KeysConfig
 from kubeai.gateway.local_routes import make_app
+from kubeai.gateway.stored_responses import owned
 from kubeai.routing.keys import KeyDelta, KeyRecord, KeySnapshot
 
 REQUIRED = KeysConfig(required=True)
@@ -19,6 +21,12 @@ def record(name: str, key: str, **fields: Any) -> KeyRecord:
     """The key of a Secret. Its tenant is ``name`` unless ``fields`` say otherwise."""
     digest = sha256(key.encode()).digest()
     return KeyRecord(**{"name": name, "digest": digest, "tenant": name} | fields)
+
+
+def stored_id(tenant: str) -> str:
+    """The ID of a stored response that belongs to a tenant."""
+    key = Key(KeyRecord("key", b"", tenant))
+    return str(json.loads(owned(b'{"model":"m"}', key))["request_id"])
 
 
 def bearer(key: str) -> str:

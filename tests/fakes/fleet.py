@@ -97,6 +97,7 @@ class Fleet:
         messaging: Messaging | None = None,
         keys: list[ApiKey] | None = None,
         identity: str = "fleet",
+        peers: tuple[str, ...] = (),
         **gateway: Any,
     ) -> Fleet:
         """``reads_cache_sizes``: whether engines are asked for ``/metrics``, as in a cluster.
@@ -114,6 +115,7 @@ class Fleet:
             messaging=messaging or Messaging(),
             metrics_addr="127.0.0.1:0",
             health_address="127.0.0.1:0",
+            fixed_self_metric_addrs=peers,
         )
         with contextlib.ExitStack() as patches:
             patches.enter_context(mock.patch.object(supervisor, "Operator", fleet._script))

@@ -2,12 +2,12 @@
 
 import asyncio
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import uvloop
 from fakes.chats import CHAT, ask, failing, hang, lose
+from fakes.api_keys import stored_id
 from fakes.limited_keys import Clock, Rows, bearer, digest_of, key_for
 from fakes.wire import CHUNKED, Message, Wire, answer, chunk, post, says, until
 from fakes.world import World
@@ -17,7 +17,6 @@ from kubeai._keys import Key
 from kubeai._prompt import Prompt
 from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway._key_limits import OUTPUT_TOKENS, expected_tokens
-from kubeai.gateway.stored_responses import owned
 from kubeai.openai import request as openai
 from kubeai.openai.routes import Kind
 
@@ -375,12 +374,6 @@ async def test_large_bodies_uploads_and_batches_count_too(keyed):
     await refused(wire)
     await wire.send(ask_as("k", messages=large))
     await refused(wire)
-
-
-def stored_id(name: str) -> str:
-    """The ID of a stored response that belongs to the key of this name."""
-    sent = json.loads(owned(b'{"model":"m"}', SimpleNamespace(tenant=name)))  # type: ignore[arg-type]
-    return str(sent["request_id"])
 
 
 def stored_as(name: str) -> bytes:

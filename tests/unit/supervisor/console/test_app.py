@@ -251,12 +251,12 @@ async def test_a_stream_begins_with_the_present_time_even_if_nothing_has_changed
     world, monkeypatch
 ):
     monkeypatch.setattr(world.console._hub, "_tick_s", 0.005)
-    clock: Any = SimpleNamespace(time=lambda: clock.now_s, now_s=1000.0)
-    monkeypatch.setattr(app, "time", clock)
+    now_s = 1000.0
+    monkeypatch.setattr(app, "time", SimpleNamespace(time=lambda: now_s))
     world.model("m")
     async with world.client.get("/ui/api/events") as first:
         assert (await read_event(first, "state"))["time_s"] == 1000.0
-        clock.now_s = 2000.0
+        now_s = 2000.0
         await next_tick(world)
         await next_tick(world)
         async with world.client.get("/ui/api/events") as second:
