@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import uvloop
-from fakes.chats import CHAT, ask, failing, hang, lose
 from fakes.api_keys import stored_id
+from fakes.chats import CHAT, ask, failing, hang, lose
 from fakes.limited_keys import Clock, Rows, bearer, digest_of, key_for
 from fakes.wire import CHUNKED, Message, Wire, answer, chunk, post, says, until
 from fakes.world import World

@@ -390,6 +390,8 @@ async def test_reading_a_stored_response_does_not_count_its_tokens_again(keyed):
 
     world = await keyed()
     world.route("m", {"pod": await world.engine(script)})
-    request = f"GET /v1/responses/{stored_id('acme')} HTTP/1.1\r\nHost: g\r\n{AUTHORIZATION}\r\n\r\n"
+    request = (
+        f"GET /v1/responses/{stored_id('acme')} HTTP/1.1\r\nHost: g\r\n{AUTHORIZATION}\r\n\r\n"
+    )
     assert (await got(world, request.encode())).status == 200
     assert await counted(world) == {"m": (1, 0, 0, 0, 0)}
