@@ -35,7 +35,7 @@ cdef class Counts:
 cdef class Meter:
     """See the stub."""
 
-    def __init__(self):
+    def __cinit__(self):
         self.counts = {}
         self.bytes_per_token = {}
 
