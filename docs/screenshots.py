@@ -29,6 +29,11 @@ from playwright.async_api import Page, expect  # noqa: E402
 from kubeai._journal import Entry  # noqa: E402
 from kubeai.supervisor.console.traffic import request_of  # noqa: E402
 
+PICKS = {  # by the Models' strategies
+    "llama-3.1-8b": ["cached", "cached", "cached", "away", "new"],
+    "qwen3-coder": ["hashed", "hashed", "bounded"],
+    "bge-m3": ["least"],
+}
 FOLDER = REPOSITORY / "docs" / "console"
 NO_DITHER = Image.Dither.NONE
 FILE_MAX_BYTES = 120_000
@@ -185,8 +190,8 @@ def requests(console: ScriptedConsole) -> None:
         name = rng.choice(names)
         embeds = name == "bge-m3"
         prompt = rng.randrange(300, 6000)
-        pick = "least" if embeds else rng.choice(["cached", "cached", "cached", "away", "new"])
-        cached = round(prompt * {"cached": 0.86, "away": 0.1}.get(pick, 0))
+        pick = rng.choice(PICKS[name])
+        cached = round(prompt * {"cached": 0.86, "hashed": 0.7, "away": 0.1}.get(pick, 0))
         waited = rng.uniform(4, 9) if rng.random() < 0.08 and not embeds else 0.0
         first = waited + 0.05 + (prompt - cached) / 9000
         output = rng.randrange(40, 420)
