@@ -28,11 +28,17 @@ def key(**limits: int) -> ApiKey:
 
 
 @pytest.fixture
-async def start(monkeypatch) -> AsyncIterator[Callable[..., Awaitable[Fleet]]]:
-    """Start a replica that has one engine, which answers when ``start.answers`` is set."""
+async def answers() -> asyncio.Event:
+    """Whether the engine answers."""
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
+@pytest.fixture
+async def start(answers, monkeypatch) -> AsyncIterator[Callable[..., Awaitable[Fleet]]]:
+    """Start a replica with one engine, which answers while ``answers`` is set."""
     monkeypatch.setenv("LOG_LEVEL", "error")
-    answers = asyncio.Event()
-    answers.set()
 
     async def serve(wire: Wire, _: Message) -> None:
         await answers.wait()
@@ -54,7 +60,6 @@ async def start(monkeypatch) -> AsyncIterator[Callable[..., Awaitable[Fleet]]]:
         fleets.append(fleet)
         return fleet
 
-    start.answers = answers
     yield start
     answers.set()
     for fleet in fleets:
@@ -95,9 +100,9 @@ async def test_tokens_are_settled_by_the_worker_that_reserved_them(start):
     await until(lambda: use(fleet) == Use(0, 16, 16 * 7))
 
 
-async def test_a_killed_worker_leaves_nothing_in_flight(start):
+async def test_a_killed_worker_leaves_nothing_in_flight(start, answers):
     fleet = await start(in_flight_max=6, requests_per_minute=1000)
-    start.answers.clear()
+    answers.clear()
     wires = [await connect(fleet.port) for _ in range(6)]
     for wire in wires:
         await wire.send(CHAT)
@@ -111,7 +116,7 @@ async def test_a_killed_worker_leaves_nothing_in_flight(start):
             await wire.answer()
         wire.close()
     await until(lambda: fleet.ready and not pids & set(fleet.pids), within_s=20)
-    start.answers.set()
+    answers.set()
     assert use(fleet) == Use(0, 6, 6 * 5), "what they have counted and reserved stays"
     assert await ask(fleet, 4) == {200: 4}
 
