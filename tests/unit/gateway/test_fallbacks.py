@@ -489,9 +489,8 @@ async def test_whatever_happens_each_request_gets_one_answer_and_nothing_stays_c
     world = await start(retries=1, hold_timeout_s=1.0, hold_max_requests=5, rows=1024)
     engines = [await world.engine(script) for script in (echo, echo, failing(503), reset)]
 
-    def change() -> None:
+    def change(name: str) -> None:
         """Give a Model other endpoints, or a block."""
-        name = chance.choice("abc")
         made = {f"{name}-{i}": each for i, each in enumerate(engines) if chance.random() < 0.3}
         world.route(
             name,
@@ -505,7 +504,7 @@ async def test_whatever_happens_each_request_gets_one_answer_and_nothing_stays_c
 
     async def request(number: int) -> None:
         await asyncio.sleep(chance.random() * 0.3)
-        change()
+        change(chance.choice("abc"))
         wire = await world.client()
         asked = chance.choice("abc")
         await wire.send(ask(asked, messages=[{"role": "user", "content": f"{number}"}]))
@@ -518,7 +517,7 @@ async def test_whatever_happens_each_request_gets_one_answer_and_nothing_stays_c
         if answered.status == 200:
             assert json.loads(answered.body)["model"] == asked
 
-    for _ in range(6):
-        change()
+    for name in "abcabc":
+        change(name)
     await asyncio.gather(*map(request, range(60)))
     await world.at_rest()
