@@ -90,6 +90,7 @@ bench: .venv/installed-test  ## run all benchmarks and write docs/performance.md
 	mkdir -p build/bench
 	$(BIN)/pytest bench --benchmark-enable --benchmark-only --benchmark-json build/bench/micro.json
 	$(BIN)/python bench/gateway_vs_nginx.py --json build/bench/gateway.json
+	$(BIN)/python bench/gateway_vs_nginx.py --only chat --keys 10000 --json build/bench/keys.json
 	$(BIN)/python bench/gateway_at_scale.py --json build/bench/scale.json
 	$(BIN)/python bench/stall.py --json build/bench/stall.json
 	BROKERS=$$(tests/brokers/build.sh || true) \

@@ -2,8 +2,8 @@
 
     python bench/report.py build/bench docs/performance.md [--only-control-plane | --only-messages]
 
-The folder holds ``micro.json`` (pytest-benchmark) and ``gateway.json``, ``scale.json``,
-``stall.json``, ``instructions.json``, ``messages.json`` and ``control.json``; a part that was not
+The folder holds ``micro.json`` (pytest-benchmark) and ``gateway.json``, ``keys.json``,
+``scale.json``, ``stall.json``, ``instructions.json``, ``messages.json`` and ``control.json``; a part that was not
 measured is named as missing. With an option, all but its section stays as it was.
 """
 
@@ -22,6 +22,7 @@ from instructions import shares
 
 MICRO = "pytest bench --benchmark-enable --benchmark-only"
 VS_NGINX = "python bench/gateway_vs_nginx.py"
+KEYS = f"{VS_NGINX} --only chat --keys 10000"
 SCALE = "python bench/gateway_at_scale.py --only "
 INSTRUCTIONS = "python bench/instructions.py"
 CONTROL = "python bench/control_plane.py --only "
@@ -186,7 +187,8 @@ SAFETY = (
 class Report:
     def __init__(self, folder: Path) -> None:
         self.found = {}
-        for name in ("micro", "gateway", "scale", "instructions", "stall", "messages", "control"):
+        parts = "micro", "gateway", "keys", "scale", "instructions", "stall", "messages", "control"
+        for name in parts:
             path = folder / f"{name}.json"
             self.found[name] = json.loads(path.read_text()) if path.exists() else {}
         micro = self.found["micro"].get("benchmarks", [])
@@ -211,6 +213,13 @@ class Report:
             ratio("chat"),
             1.15,
             chat + "chat",
+        )
+        self.bar(
+            "the same with one of 10,000 API keys, each with all limits",
+            "≤ 1.2 × nginx",
+            self.found["keys"].get("chat", {}).get("ratio"),
+            1.2,
+            KEYS,
         )
         self.bar(
             "CPU per stream of 64 chunks back to back",
