@@ -3,8 +3,8 @@
     python bench/report.py build/bench docs/performance.md [--only-control-plane | --only-messages]
 
 The folder holds ``micro.json`` (pytest-benchmark) and ``gateway.json``, ``keys.json``,
-``scale.json``, ``stall.json``, ``instructions.json``, ``messages.json`` and ``control.json``; a part that was not
-measured is named as missing. With an option, all but its section stays as it was.
+``scale.json``, ``stall.json``, ``instructions.json``, ``messages.json`` and ``control.json``; a
+part that was not measured is named as missing. With an option, all but its section stays as it was.
 """
 
 from __future__ import annotations
