@@ -66,6 +66,10 @@ cdef Charge charge_for(KeyTable table, Key key, Prompt prompt, InferenceRequest 
     return take(table, key.row, key.generation, &quota, expected(key, prompt, request))
 
 
+cdef str requests(int64_t count):
+    return "1 request" if count == 1 else f"{count} requests"
+
+
 def refusal(Key key not None, Charge charge not None):
     """See the stub."""
     cdef int64_t retry_s = max(<int64_t> 1, <int64_t> ceil(charge.retry_after_s))
@@ -89,11 +93,11 @@ def refusal(Key key not None, Charge charge not None):
     elif charge._excess == REQUESTS:
         text = (
             "Rate limit reached: this API key may send "
-            f"{key.requests_per_minute} requests per minute. Try again in {retry_s} s."
+            f"{requests(key.requests_per_minute)} per minute. Try again in {retry_s} s."
         )
     else:
         text = (
-            f"Rate limit reached: this API key may have {key.in_flight_max} requests in flight. "
+            f"Rate limit reached: this API key may have {requests(key.in_flight_max)} in flight. "
             "Try again when one has ended."
         )
     return BadRequest(

@@ -122,7 +122,7 @@ async def test_a_model_that_the_key_may_not_use_is_a_permission_error(client, ki
 async def test_beyond_a_limit_clients_raise_an_error_that_says_when_to_retry(client, kind, error):
     limited = await client(kind, LIMITED)
     await ask(limited)
-    with pytest.raises(error, match="may send 1 requests per minute") as got:
+    with pytest.raises(error, match="may send 1 request per minute") as got:
         await streamed(limited)
     assert got.value.status_code == 429
     if kind != "ollama":  # whose error has no headers
