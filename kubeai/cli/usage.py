@@ -51,4 +51,7 @@ def usage(
     elif usages:
         client.write_table(usages, by, sys.stdout)
     else:
-        print("no usage is stored; requests are counted if they need API keys", file=sys.stderr)
+        print(
+            "no usage is stored yet; requests with an API key are counted, and stored every 30 s",
+            file=sys.stderr,
+        )

@@ -52,7 +52,7 @@ from kubeai.gateway.relay._usage_filter cimport UsageFilter
 from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
 from kubeai.openai._prompt_scan cimport prompt_for
 from kubeai.openai._usage cimport Usage, find_usage, forget_usage
-from kubeai.openai._usage_option cimport with_usage
+from kubeai.openai._usage_option cimport asks_to_stream, with_usage
 
 from kubeai.gateway._key_limits import refusal
 from kubeai.gateway.usage_refusals import UsageRefusals
@@ -375,6 +375,7 @@ cdef class FastPath(EarlyStream):
         cdef object task = self._task
         cdef Reservation reservation = self._reservation
         cdef FastPathContext context
+        cdef bint is_reported = self.usage.output_tokens != <uint32_t> UNKNOWN_TOKENS
         if task is not None:
             self._task = None
             task.cancel()
@@ -398,16 +399,7 @@ cdef class FastPath(EarlyStream):
                         context.usage_refusals = UsageRefusals()
                     context.usage_refusals.add(self._routed)
         if self._charge is not None and self._charge._open:
-            settle(
-                self._charge,
-                self._key,
-                self._prompt,
-                self._request,
-                &self.usage,
-                self.status if self.answered else 0,
-                self.answer_bytes,
-                reservation is not None,
-            )
+            settle(self._charge, self._key, self._request, &self.usage, is_reported)
         if self._observed is not None:
             self.observed()
         return 0
@@ -455,7 +447,7 @@ cdef class FastPath(EarlyStream):
         """Count the request for its key. Afterwards all of ``usage`` is known, or estimated."""
         cdef Usage *usage = &self.usage
         cdef str model = self._routed.route.model
-        cdef bint streams = self._prompt is not None and self._prompt.streams
+        cdef bint streams = asks_to_stream(<InferenceRequest?> self._request)
         cdef bint knows_output = usage.output_tokens != <uint32_t> UNKNOWN_TOKENS
         cdef bint is_reported = knows_output or usage.prompt_tokens != <uint32_t> UNKNOWN_TOKENS
         cdef bint is_estimated = False

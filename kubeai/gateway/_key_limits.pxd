@@ -14,12 +14,5 @@ cdef int64_t expected(Key key, Prompt prompt, InferenceRequest request) noexcept
 cdef Charge charge_for(KeyTable table, Key key, Prompt prompt, InferenceRequest request)
 cdef bytes limit_lines(Key key, Charge charge)
 cdef int settle(
-    Charge charge,
-    Key key,
-    Prompt prompt,
-    InferenceRequest request,
-    const Usage *usage,
-    int status,
-    int64_t answer_bytes,
-    bint is_sent,
+    Charge charge, Key key, InferenceRequest request, const Usage *usage, bint is_reported
 ) except -1

@@ -2,8 +2,8 @@
 """The limits of API keys, as the gateway applies them to a request. Called by the fast path.
 
 A request is charged once, before it is admitted: one request, and the tokens that it is expected to
-use. The charge is settled when the request has ended, with what the engine has reported, or else
-with the prompt's estimate and what was sent to the client. Responses to keys with a limit have the
+use. The charge is settled when the request has ended, with what is metered (``_metering.pyx``):
+what the engine has reported, or else an estimate. Responses to keys with a limit have the
 ``x-ratelimit-`` headers of OpenAI's API.
 """
 
@@ -25,10 +25,6 @@ from kubeai.openai.errors import BadRequest
 
 cdef enum:
     OUTPUT_TOKENS_FIRST = 256
-    # Of responses without reported usage. A streamed token comes in an event of its own.
-    BYTES_PER_TOKEN = 5
-    BYTES_PER_STREAMED_TOKEN = 200
-    HEAD_BYTES = 200  # of what a client is sent, the response's head
     DIGITS_MAX = 20  # of 64 bits
     LINES_MAX_BYTES = 512  # six lines of 32 characters and a number of at most 19 digits
     TOO_LARGE_RETRY_S = 60
@@ -70,6 +66,10 @@ cdef Charge charge_for(KeyTable table, Key key, Prompt prompt, InferenceRequest 
     return take(table, key.row, key.generation, &quota, expected(key, prompt, request))
 
 
+cdef str requests(int64_t count):
+    return "1 request" if count == 1 else f"{count} requests"
+
+
 def refusal(Key key not None, Charge charge not None):
     """See the stub."""
     cdef int64_t retry_s = max(<int64_t> 1, <int64_t> ceil(charge.retry_after_s))
@@ -93,11 +93,11 @@ def refusal(Key key not None, Charge charge not None):
     elif charge._excess == REQUESTS:
         text = (
             "Rate limit reached: this API key may send "
-            f"{key.requests_per_minute} requests per minute. Try again in {retry_s} s."
+            f"{requests(key.requests_per_minute)} per minute. Try again in {retry_s} s."
         )
     else:
         text = (
-            f"Rate limit reached: this API key may have {key.in_flight_max} requests in flight. "
+            f"Rate limit reached: this API key may have {requests(key.in_flight_max)} in flight. "
             "Try again when one has ended."
         )
     return BadRequest(
@@ -155,43 +155,24 @@ cdef bytes limit_lines(Key key, Charge charge):
 
 
 cdef int settle(
-    Charge charge,
-    Key key,
-    Prompt prompt,
-    InferenceRequest request,
-    const Usage *usage,
-    int status,
-    int64_t answer_bytes,
-    bint is_sent,
+    Charge charge, Key key, InferenceRequest request, const Usage *usage, bint is_reported
 ) except -1:
-    """End a request's charge with the tokens that it has used.
+    """End a request's charge with the tokens that it has used, as they are metered.
 
-    ``status``: of the engine's response; 0 if none began. ``answer_bytes``: sent to the client.
-    ``is_sent``: the request has reached an engine.
+    Unknown: the request was not admitted. ``is_reported``: an engine has reported the output.
     """
-    cdef int64_t prompt_tokens = 0 if prompt is None else prompt.tokens
-    cdef int64_t output_tokens = 0
-    if not 200 <= status < 300:
-        # The engine computes the prompt of a client that leaves, but not that of a bad request.
-        charge._end(prompt_tokens if is_sent and status == 0 else 0)
-        return 0
+    cdef int64_t tokens = 0
     if usage.prompt_tokens != <uint32_t> UNKNOWN_TOKENS:
-        prompt_tokens = usage.prompt_tokens
+        tokens = usage.prompt_tokens
     if usage.output_tokens != <uint32_t> UNKNOWN_TOKENS:
-        output_tokens = usage.output_tokens
-        if request.generates:
+        tokens += usage.output_tokens
+        # Estimates, such as of a client that has left, say nothing about the key's responses.
+        if is_reported and request.generates:
             if key.mean_output_tokens <= 0:
-                key.mean_output_tokens = <double> output_tokens
+                key.mean_output_tokens = <double> usage.output_tokens
             else:
                 key.mean_output_tokens += LEARNED_SHARE * (
-                    <double> output_tokens - key.mean_output_tokens
+                    <double> usage.output_tokens - key.mean_output_tokens
                 )
-    elif request.generates:
-        output_tokens = max(<int64_t> 0, answer_bytes - HEAD_BYTES) // (
-            BYTES_PER_STREAMED_TOKEN if request.stream else BYTES_PER_TOKEN
-        )
-    if not (request.generates or request.has_prompt) and request.kind.is_stored:
-        # The usage is that of the request which made the response.
-        prompt_tokens = output_tokens = 0
-    charge._end(prompt_tokens + output_tokens)
+    charge._end(tokens)
     return 0

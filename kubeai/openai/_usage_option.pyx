@@ -12,7 +12,8 @@ it. The gateway asks where it needs to know, and the relay removes the report ag
 - ``stream_options`` that are no object are replaced, because some engines ignore them.
 - Engines reject the field in a request that does not stream, so nothing is added there.
 
-Some engines read numbers and strings as booleans. So a value other than 0 and "" counts as true.
+vLLM and SGLang read numbers and strings as booleans, as pydantic does: 1, "true", "t", "yes", "y",
+"on" and "1" are true. So they are here; other strings are false or invalid.
 
 No I/O. All other bytes of the body are unchanged.
 """
@@ -40,15 +41,23 @@ cdef struct Edit:
 
 cdef bint is_true(const char *at) noexcept nogil:
     """Whether an engine may read a value as true. NULL: the member is missing."""
+    cdef char letter
     if at is NULL or at[0] == c"f" or at[0] == c"n":
         return False
     if at[0] == c"t":
         return True
     if at[0] == c'"':
-        return at[1] != c'"'
+        letter = at[1] | 32
+        return letter == c"t" or letter == c"y" or at[1] == c"1" or (
+            letter == c"o" and (at[2] | 32) == c"n"
+        )
     while at[0] == c"-" or at[0] == c"." or at[0] == c"0":
         at += 1
     return c"1" <= at[0] <= c"9"
+
+
+cdef bint asks_to_stream(InferenceRequest request) noexcept:
+    return request.stream or is_true(request.stream_value)
 
 
 cdef void replace(

@@ -219,6 +219,20 @@ class Shards:
                 return shard
         return None
 
+    def give_up(self, shard: Shard) -> dict[str, KeyUsage]:
+        """End a write for which a ConfigMap has no room, and return its counts.
+
+        Several replicas have filled the ConfigMap at once. It has been read since, so what is not
+        in it yet goes to another one.
+        """
+        assert shard.write is not None, "begin_write was called"
+        usage, shard.write = shard.write.usage, None
+        for key, each in usage.items():
+            stored = shard.keys.get(key, KeyUsage()).models
+            for model in each.models.keys() - stored.keys():
+                self._homes.pop((key, model), None)
+        return usage
+
     def obsolete(
         self, keys: set[str], models: set[str], before_day: str
     ) -> dict[Shard, dict[str, KeyUsage | None]]:

@@ -23,6 +23,7 @@ from kubeai.supervisor.usage.shards import SHARDS_MAX, ConfigMap, Shard, Shards
 log = get_logger(__name__)
 
 ATTEMPTS_MAX = 5  # of a write, until the next flush
+TOO_LARGE = (413, 422)  # statuses of the API for a ConfigMap of more than 1 MiB
 RETENTION_DAYS = 90  # of keys and Models that do not exist, after their last request
 
 
@@ -90,22 +91,26 @@ class UsageStore:
             self._loaded = True
 
     async def _write_all(self) -> bool:
+        done = True
         for shard in self._shards:
             if shard.write is not None:
-                await self._write(shard)
-        return not any(shard.write for shard in self._shards)
+                done = await self._write(shard) and done
+        return done
 
-    async def _write(self, shard: Shard) -> None:
+    async def _write(self, shard: Shard) -> bool:
+        """Make a shard's write; False if that is left to the next flush."""
         for _ in range(ATTEMPTS_MAX):
             try:
                 if shard.is_stale:
                     await self._read(shard)
                     if shard.has_write(self._writer):
                         shard.write = None
-                        return
+                        return True
                 await self._write_once(shard)
-                return
+                return True
             except ApiError as error:
+                if error.status in TOO_LARGE:
+                    self._ledger.put_back(self._shards.give_up(shard))
                 if error.status not in (404, 409):
                     log.warning(
                         "usage not stored",
@@ -113,7 +118,8 @@ class UsageStore:
                         status=error.status,
                         error=str(error),
                     )
-                    return
+                    return False
+        return False
 
     async def _write_once(self, shard: Shard) -> None:
         now_s = self._clock()

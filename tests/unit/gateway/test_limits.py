@@ -17,6 +17,7 @@ from kubeai._keys import Key
 from kubeai._prompt import Prompt
 from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway._key_limits import OUTPUT_TOKENS, expected_tokens
+from kubeai.gateway._metering import Meter
 from kubeai.openai import request as openai
 from kubeai.openai.routes import Kind
 
@@ -50,6 +51,7 @@ class Keyed:
         world.context.limits = KeyTable.attach(self.table.fd, 0)
         world.context.limits.clock = self.clock
         world.context.keys = {}
+        world.context.meter = Meter()
         world.context.cors = Recognise(world.context.keys)
 
     def add(self, name: str, **limits: Any) -> None:
@@ -285,6 +287,29 @@ async def test_a_stream_whose_client_leaves_is_settled_with_what_it_was_sent(key
     wire.reset()
     await until(lambda: keyed.use("k").in_flight == 0)
     assert 10 <= keyed.use("k").tokens <= 40
+
+
+async def test_the_estimate_is_not_learned_from_clients_that_leave(keyed):
+    world = keyed.world
+
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(CHUNKED + chunk(b"data: {}\n\n"))
+        await wire.reader.read()
+
+    keyed.add("k", tokens_per_minute=1_000_000)
+    key = world.context.keys[digest_of("sk-k")]
+    world.route("m", {"a": await world.engine(says(USAGE % (10, 400)))})
+    wire = await world.client()
+    await wire.send(ask_as("k"))
+    await wire.answer()
+    await until(lambda: key.mean_output_tokens == 400)
+    world.route("m", {"a": await world.engine(script)})
+    wire = await world.client()
+    await wire.send(ask_as("k", stream=True))
+    await wire.head()
+    wire.reset()
+    await until(lambda: keyed.use("k").in_flight == 0)
+    assert key.mean_output_tokens == 400
 
 
 @pytest.mark.parametrize("script", [failing(500), failing(400), lose])

@@ -325,6 +325,22 @@ async def test_a_client_that_leaves_is_counted_with_what_was_sent(keyed):
     assert 60 < completion < 220
 
 
+@pytest.mark.parametrize("stream", [1, "yes"])
+async def test_a_stream_that_only_the_engine_recognises_is_counted_as_one(keyed, stream):
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(CHUNKED + chunk(TOKEN) * 200)
+        await wire.ended()
+
+    world = await keyed()
+    world.route("m", {"pod": await world.engine(script)})
+    wire = await world.client()
+    await wire.send(ask(stream=stream))
+    for _ in range(200):
+        await wire.reader.readuntil(b"\n\n")
+    wire.close()
+    assert 60 < (await counted(world))["m"][4] < 220
+
+
 async def test_the_size_of_a_models_tokens_is_learned_from_its_streams(keyed):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(CHUNKED + chunk(TOKEN) * 200)

@@ -28,13 +28,17 @@ def test_other_apis_report_their_usage_anyway():
         assert asked(b'{"model":"m","stream":true}', kind) is None
 
 
-@pytest.mark.parametrize("stream", ["false", "null", "0", "0.0", "-0", '""', "[]", "{}"])
+@pytest.mark.parametrize(
+    "stream",
+    # An engine that reads strings as false rejects ``stream_options`` beside them.
+    ["false", "null", "0", "0.0", "-0", '""', "[]", "{}", '"False"', '"f"', '"no"', '"off"', '"0"'],
+)
 def test_a_request_that_does_not_stream_is_unchanged(stream):
     assert asked(b'{"model":"m","stream":%b}' % stream.encode()) is None
     assert asked(b'{"model":"m"}') is None
 
 
-@pytest.mark.parametrize("stream", ["1", "0.5", '"true"', '"on"'])
+@pytest.mark.parametrize("stream", ["1", "0.5", '"true"', '"on"', '"ON"', '"1"', '"Y"'])
 def test_a_stream_that_only_some_engines_recognise_is_asked(stream):
     assert OPTION in asked(b'{"model":"m","stream":%b}' % stream.encode())
 
@@ -115,16 +119,20 @@ OPTIONS = st.dictionaries(
 )
 
 
+def may_be_true(value: object) -> bool:
+    if isinstance(value, str):
+        return value[:1] in tuple("tTyY1") or value[:2].lower() == "on"
+    return bool(value) and not isinstance(value, list | dict)
+
+
 def oracle(body: dict) -> dict | None:
     """The body that is sent; None: the client's."""
-    stream = body.get("stream")
-    if not stream or isinstance(stream, list | dict):
+    if not may_be_true(body.get("stream")):
         return None
     options = body.get("stream_options")
     if not isinstance(options, dict):
         return body | {"stream_options": {"include_usage": True}}
-    usage = options.get("include_usage")
-    if usage and not isinstance(usage, list | dict):
+    if may_be_true(options.get("include_usage")):
         return None
     more = {"include_usage": True}
     if "continuous_usage_stats" in options:

@@ -323,3 +323,31 @@ async def test_an_end_without_the_api_does_not_wait_forever(kube):
     began_s = asyncio.get_running_loop().time()
     await book.close()
     assert asyncio.get_running_loop().time() - began_s < 20
+
+
+async def test_replicas_that_fill_a_config_map_at_once_spill_into_the_next(kube, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_MAX_BYTES", 4096)
+
+    patch = kube.patch
+
+    async def limited(resource, name, body, *arguments, **options):
+        data = kube.objects[resource.plural, name]["data"] | body["data"]
+        if sum(map(len, data.values())) > 2500:
+            raise ApiError(422, "Invalid", "Too long: must have at most 1048576 bytes")
+        return await patch(resource, name, body, *arguments, **options)
+
+    kube.patch = limited
+    replicas = [Replica(kube, "first"), Replica(kube, "second")]
+    for replica in replicas:
+        replica.count("a")
+        assert await replica.store.flush()
+    for replica in replicas:
+        replica.count("a")
+        for n in range(24):
+            replica.count(f"{replica.store._writer}-{n}")
+    assert await replicas[0].store.flush()
+    assert not await replicas[1].store.flush()
+    assert await replicas[1].store.flush()
+    assert (await counts(kube)).requests == 4
+    assert len(await stored(kube)) == 1 + 2 * 24
+    assert sorted(name for _, name in kube.objects) == ["kubeai-usage-0", "kubeai-usage-1"]
