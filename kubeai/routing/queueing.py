@@ -70,6 +70,7 @@ class Waiting:
         "block",
         "entered_s",
         "error",
+        "number",
         "priority",
         "prompt",
         "reservation",
@@ -86,6 +87,7 @@ class Waiting:
         self.tenant = tenant
         self.priority = priority
         self.work = work_of(prompt)
+        self.number = 0  # see fair_queue.Entry
         self.entered_s = 0.0
         self.reservation: Reservation | None = None  # once it is its turn
         self.error: Exception | None = None  # ends the wait
@@ -137,18 +139,16 @@ class ModelQueue:
     def __len__(self) -> int:
         return len(self._queue)
 
-    async def wait(
-        self, waiting: Waiting, deadline_s: float, *, front: bool = False
-    ) -> Reservation:
+    async def wait(self, waiting: Waiting, deadline_s: float) -> Reservation:
         """Return the request's Reservation when it is its turn.
 
         NoEndpoint at ``deadline_s`` (the loop's time), ModelGone, Blocked once the model's block
-        fails requests, or Displaced. ``front``: it has waited before, so it is its tenant's next.
+        fails requests, or Displaced.
         """
         loop = asyncio.get_running_loop()
         waiting.entered_s = loop.time()
         self._table.enter(self._row, waiting.priority)
-        self._queue.push(waiting, front=front)
+        self._queue.push(waiting)
         served_s = -1.0
         try:
             self.dispatch()
@@ -176,7 +176,7 @@ class ModelQueue:
             return reservation is not None
         waiting.reservation = None
         reservation.release()
-        self._queue.push(waiting, front=True)
+        self._queue.push(waiting)
         self.dispatch()
         return waiting.reservation is not None
 
