@@ -349,6 +349,19 @@ async def test_when_neither_starts_the_hold_timeout_ends_the_wait(fallen):
     wire = await world.client()
     await wire.send(ask())
     assert (await error_of(wire, 504))["code"] == "timeout"
+    assert fallbacks(world) == {}, "no other Model has served it, or is still to serve it"
+    await until(lambda: sum(world.outcomes("m").values()) == 1)
+
+
+async def test_when_its_own_model_is_busy_until_the_end_a_cold_fallback_is_not_tried(saturated):
+    world, full = await saturated(**NOW)
+    world.route("b", {})
+    wire = await world.client()
+    await wire.send(ask("m", "X-KubeAI-Max-Wait: 50ms"))
+    error = await error_of(wire, 504)
+    assert "busy" in error["message"]
+    assert fallbacks(world) == {}
+    full.room.set()
 
 
 async def test_a_clients_own_limit_counts_for_all_models_together(fallen):
