@@ -233,7 +233,7 @@ async def test_a_request_keeps_its_place_when_its_fallback_has_no_room(saturated
     await until(lambda: world.in_flight("b") == 1)
     pushes: list[object] = []
     push = FairQueue.push
-    
+
     def noted(*args: object, **more: object) -> None:
         pushes.append(args)
         push(*args, **more)

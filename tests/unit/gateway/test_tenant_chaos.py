@@ -17,7 +17,7 @@ import uvloop
 from fakes.api_keys import ask as ask_with
 from fakes.api_keys import bearer, change, give, keyed, record
 from fakes.chats import CHAT
-from fakes.wire import CHUNKED, Broken, Engine, Message, Wire, answer, chunk, post, until
+from fakes.wire import CHUNKED, Broken, Engine, Message, Wire, answer, chunk, post
 from fakes.world import World
 
 from kubeai._counts import live
@@ -207,9 +207,7 @@ async def test_each_request_gets_one_response_and_nothing_stays_counted(start, s
     rows = {name: (row, table.open_row(row)) for row, name in enumerate(TENANTS)}
     fields = {"high": {"priority": 10}, "few": {"in_flight_max": 3}, "low": {"priority": -5}}
     chaos.records = {
-        name: record(
-            name, f"sk-{name}", row=row, generation=generation, **fields.get(name, {})
-        )
+        name: record(name, f"sk-{name}", row=row, generation=generation, **fields.get(name, {}))
         for name, (row, generation) in rows.items()
     }
     world = chaos.world = await keyed(

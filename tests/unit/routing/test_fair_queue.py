@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import pytest
 
 from kubeai.routing.fair_queue import FairQueue, LocalAccounts
 
