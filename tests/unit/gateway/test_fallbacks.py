@@ -12,6 +12,7 @@ from fakes.world import World
 
 from kubeai.routing.channel import FallbackCount, FallbackReport
 from kubeai.routing.fair_queue import FairQueue
+from kubeai.routing.queueing import Waiting
 from kubeai.routing.routes import Block
 
 CHAT = "/v1/chat/completions"
@@ -234,9 +235,9 @@ async def test_a_request_keeps_its_place_when_its_fallback_has_no_room(saturated
     pushes: list[object] = []
     push = FairQueue.push
 
-    def noted(*args: object, **more: object) -> None:
-        pushes.append(args)
-        push(*args, **more)
+    def noted(queue: FairQueue[Waiting], waiting: Waiting) -> None:
+        pushes.append(waiting)
+        push(queue, waiting)
 
     monkeypatch.setattr(FairQueue, "push", noted)
     wires = [await world.client() for _ in range(2)]
