@@ -281,8 +281,11 @@ class ModelQueue:
         return False
 
     def _hung(self) -> int:
-        """Bits of the columns whose heads could have been served since the last tick."""
-        late = self._late.items()
+        """Bits of the columns whose heads could have been served since the last tick, but were not.
+
+        While there is no room, none could.
+        """
+        late = self._late.items() if self._routed.picker.has_room() else ()
         self._late = {
             column: head for column, head in late if self._table.head(self._row, column) == head
         }
