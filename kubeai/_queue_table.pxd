@@ -53,7 +53,7 @@ cdef class QueueTable(SharedMemory):
     cdef uint64_t _charge(
         self, Py_ssize_t row, uint64_t account, uint64_t start, uint64_t work
     ) noexcept
-    cdef int _best(self, Py_ssize_t row, int columns, int skip) noexcept
+    cdef int _best(self, Py_ssize_t row, int columns, uint64_t skip) noexcept
     cdef inline bint is_peer_waiting(self, Py_ssize_t row) noexcept:
         return get_u64(&self.head_cells[row * self.stride + self.columns - 1]) != 0
 

@@ -80,10 +80,11 @@ class QueueTable(SharedMemory):
         """This worker's queue of a model is empty."""
     def head(self, row: int, column: int) -> int:
         """The head in a column, to tell whether it has changed; 0: no request waits there."""
-    def best(self, row: int, skip: int = -1) -> int:
+    def best(self, row: int, skip: int = 0) -> int:
         """The column of the head that is served first, or -1; the last column: another replica's.
 
-        Blocked heads and that of column ``skip`` are ignored. The lowest of equal ones is best.
+        Blocked heads are ignored, and those of the columns whose bits are set in ``skip``. The
+        lowest of equal ones is best.
         """
     def earliest(self, row: int, priority: int) -> int | None:
         """The earliest start among the heads with this priority; None if there is none."""

@@ -252,7 +252,7 @@ cdef class QueueTable(SharedMemory):
         cdef dict firsts = {}
         self._check_row(0)
         for row in range(<Py_ssize_t> (<Header *> self.base).rows_used):
-            best = self._best(row, self.columns - 1, -1)
+            best = self._best(row, self.columns - 1, 0)
             if best >= 0:
                 head = get_u64(&self.head_cells[row * self.stride + best])
                 firsts[row] = (
@@ -377,18 +377,18 @@ cdef class QueueTable(SharedMemory):
             raise IndexError(f"column must be 0 to {self.columns - 1}, not {column}")
         return get_u64(&self.head_cells[row * self.stride + column])
 
-    cdef int _best(self, Py_ssize_t row, int columns, int skip) noexcept:
-        """The column of the first head among the first ``columns``."""
+    cdef int _best(self, Py_ssize_t row, int columns, uint64_t skip) noexcept:
+        """The column of the first head among the first ``columns``; ``skip``: bits of columns."""
         cdef uint64_t head, first = 0
         cdef int column, best = -1
         for column in range(columns):
             head = get_u64(&self.head_cells[row * self.stride + column])
-            if column != skip and not head & BLOCKED and head > first:
+            if head > first and not head & BLOCKED and not skip >> column & 1:
                 first = head
                 best = column
         return best
 
-    def best(self, Py_ssize_t row, int skip=-1):
+    def best(self, Py_ssize_t row, uint64_t skip=0):
         """See the stub."""
         self._check_row(row)
         return self._best(row, self.columns, skip)
@@ -430,7 +430,7 @@ cdef class QueueTable(SharedMemory):
         cdef int column, best
         if self.base == NULL or not self.is_any_waiting(row, True):
             return
-        best = self._best(row, self.columns - 1, -1)
+        best = self._best(row, self.columns - 1, 0)
         for column in range(self.columns - 1):
             if column == best or get_u64(&self.head_cells[row * self.stride + column]) & BLOCKED:
                 self._wake(column)

@@ -75,6 +75,7 @@ class FastPath(EarlyStream):
     _observed: object  # None: this request is not observed
     _max_wait_s: float | None  # the client's limit on the wait for an endpoint
     _waited_s: float  # for an endpoint so far
+    _number: int  # in the order in which requests began to wait; 0: it has not
     _key: Key | None  # the client's; None: it has none, and needs none
     _needs_admin: bool  # only an administrator's key may have it answered
     _charge: Charge | None  # to the key; None: it has no limits

@@ -169,6 +169,7 @@ cdef class FastPath(EarlyStream):
     cdef public object _observed  # None: this request is not observed
     cdef public object _max_wait_s  # the client's limit on the wait for an endpoint; None: none
     cdef public double _waited_s  # for an endpoint so far
+    cdef public int64_t _number  # in the order in which requests began to wait; 0: it has not
     cdef public Key _key  # the client's; None: it has none, and needs none
     cdef public bint _needs_admin  # only an administrator's key may have it answered
     cdef public Charge _charge  # to the key; None: it has no limits

@@ -277,17 +277,21 @@ class AdmittedRequest(FastPath):
     async def _hold(self) -> Reservation:
         assert self._admission is not None, "a request is counted before it is held"
         waiting = Waiting(self._prompt, self._request.adapter, self._tenant, self._priority)
-        return await hold(
-            self.context,
-            self._routed,
-            self._request,
-            self._prompt,
-            self._admission,
-            waiting=waiting,
-            max_wait_s=None if self._max_wait_s is None else self._max_wait_s - self._waited_s,
-            during=self._wait_counted(waiting),
-            request_id=self.request_id,
-        )
+        waiting.number = self._number
+        try:
+            return await hold(
+                self.context,
+                self._routed,
+                self._request,
+                self._prompt,
+                self._admission,
+                waiting=waiting,
+                max_wait_s=None if self._max_wait_s is None else self._max_wait_s - self._waited_s,
+                during=self._wait_counted(waiting),
+                request_id=self.request_id,
+            )
+        finally:
+            self._number = waiting.number
 
     @contextlib.contextmanager
     def _wait_counted(self, waiting: Waiting) -> Iterator[None]:

@@ -215,9 +215,13 @@ class FallbackRequest(AdmittedRequest):
             reason = _REASONS.get(error.code)
             if reason is None:
                 raise
-            if reason == "not_ready" and self._is_saturated():
-                reason = "saturated"
-            return await self._fall_back(reason, error)
+            if reason != "not_ready":
+                return await self._fall_back(reason, error)
+            # The time is over: only a Model that can serve at once may answer.
+            found = await self._take_first("saturated" if self._is_saturated() else reason)
+            if found is None:
+                raise
+            return found
 
     def _is_saturated(self) -> bool:
         """Whether a request that waits does so for room, not for a replica."""

@@ -104,7 +104,7 @@ async def hold(
             reservation = await routed.queue.wait(waiting, deadline_s)
             while not await watcher.permits(reservation):
                 reservation = routed.pick(prompt, request.adapter) or await routed.queue.wait(
-                    waiting, deadline_s, front=True
+                    waiting, deadline_s
                 )
             return reservation
     except Blocked as blocked:

@@ -230,7 +230,7 @@ class Retries:
     async def later(
         self, routed: RoutedModel, prompt: Prompt, adapter: str | None
     ) -> Reservation | None:
-        """Pick an endpoint after a wait; None if there is no endpoint at all.
+        """Pick an endpoint after a wait; None if there is none, or if those that work are full.
 
         BadRequest with the failed attempt's status if the budget is exhausted and no other endpoint
         is proven.
@@ -247,7 +247,7 @@ class Retries:
             if routed.first(_may_answer, adapter, self._tried) is None:
                 break
         silent = self.trusted(routed, prompt, adapter)
-        if silent is None:
+        if silent is None and routed.first(_is_trusted, adapter, self._tried) is None:
             raise self._exhausted(routed)
         return silent
 

@@ -12,7 +12,7 @@ long with a low priority has none against others of that priority.
 
 The :class:`Accounts` may be shared by several queues: ``queueing`` shares those of a worker's
 queues with the other workers in the queue table. Each operation takes O(log tenants), except
-``places``.
+``places``, and ``push`` of a request that others have passed meanwhile.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import heapq
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
+from itertools import count, islice, takewhile
 from typing import Generic, Protocol, TypeVar
 
 _STALE_MAX = 64  # outdated entries of a heap before it is rebuilt, besides one for each flow
+_next_number = count(1).__next__  # in all queues of the process
 
 
 class Entry(Protocol):
@@ -33,6 +35,7 @@ class Entry(Protocol):
     tenant: str
     work: int  # in tokens, at least 1
     adapter: str | None  # requests of the same tenant may pass those that wait for an adapter
+    number: int  # in the order of arrival, set by the queue; 0: it has not waited yet
 
 
 class Accounts(Protocol):
@@ -83,30 +86,24 @@ class _Flow(Generic[E]):
         self.tenant = tenant
         self.start = start  # of the first request
         self.number = number  # in the order in which flows began
-        self.queues: dict[str | None, OrderedDict[E, int]] = {}  # request → number, by adapter
+        self.queues: dict[str | None, OrderedDict[E, None]] = {}  # by adapter
 
     def first(self, blocked: Collection[str | None]) -> E | None:
         """The first request whose adapter is not blocked."""
         heads = [
-            (next(iter(queue.values())), adapter)
-            for adapter, queue in self.queues.items()
-            if adapter not in blocked
+            next(iter(queue)) for adapter, queue in self.queues.items() if adapter not in blocked
         ]
-        if not heads:
-            return None
-        return next(iter(self.queues[min(heads, key=lambda head: head[0])[1]]))
+        return min(heads, key=_number_of, default=None)
 
     def __len__(self) -> int:
         return sum(map(len, self.queues.values()))
 
     def newest(self) -> E:
-        last = [next(reversed(queue.items())) for queue in self.queues.values()]
-        return max(last, key=lambda item: item[1])[0]
+        return max((next(reversed(queue)) for queue in self.queues.values()), key=_number_of)
 
     def __iter__(self) -> Iterator[E]:
         """The requests in their order."""
-        queues = [queue.items() for queue in self.queues.values()]
-        return (entry for entry, _ in heapq.merge(*queues, key=lambda item: item[1]))
+        return heapq.merge(*self.queues.values(), key=_number_of)
 
 
 class _Level(Generic[E]):
@@ -139,8 +136,6 @@ class FairQueue(Generic[E]):
         self._accounts = accounts
         self._levels: dict[int, _Level[E]] = {}
         self._priorities: list[int] = []  # of levels with requests, ascending
-        self._numbers = 0
-        self._fronts = 0
 
     def __len__(self) -> int:
         return sum(len(level.order) for level in self._levels.values())
@@ -157,8 +152,8 @@ class FairQueue(Generic[E]):
         level = self._levels.get(entry.priority)
         return level is not None and entry in level.order
 
-    def push(self, entry: E, *, front: bool = False) -> None:
-        """Add a request. ``front``: it has waited before, so it is its tenant's next."""
+    def push(self, entry: E) -> None:
+        """Add a request. One that has waited before keeps its place in the order of arrival."""
         level = self._levels.get(entry.priority)
         if level is None:
             level = self._levels[entry.priority] = _Level()
@@ -166,17 +161,11 @@ class FairQueue(Generic[E]):
         flow = level.flows.get(entry.tenant)
         if flow is None:
             start = self._accounts.start(entry.tenant, self._floor(entry.priority))
-            flow = level.flows[entry.tenant] = _Flow(entry.tenant, start, self._next_number())
+            flow = level.flows[entry.tenant] = _Flow(entry.tenant, start, _next_number())
             level.schedule(flow)
-        queue = flow.queues.setdefault(entry.adapter, OrderedDict())
-        level.order[entry] = None
-        if front:
-            self._fronts -= 1
-            queue[entry] = self._fronts
-            queue.move_to_end(entry, last=False)
-            level.order.move_to_end(entry, last=False)
-        else:
-            queue[entry] = self._next_number()
+        entry.number = entry.number or _next_number()
+        _insert(flow.queues.setdefault(entry.adapter, OrderedDict()), entry)
+        _insert(level.order, entry)
 
     def remove(self, entry: E) -> None:
         """Remove a request that is not served; its tenant is not charged."""
@@ -284,6 +273,14 @@ class FairQueue(Generic[E]):
             heapq.heappop(level.heap)
         return min(floor, level.heap[0][0]) if level.heap else floor
 
-    def _next_number(self) -> int:
-        self._numbers += 1
-        return self._numbers
+
+def _number_of(entry: Entry) -> int:
+    return entry.number
+
+
+def _insert(queue: OrderedDict[E, None], entry: E) -> None:
+    """Add a request to a queue in the order of arrival. O(1) if it is the newest."""
+    queue[entry] = None
+    others = islice(reversed(queue), 1, None)
+    for newer in reversed(list(takewhile(lambda other: other.number > entry.number, others))):
+        queue.move_to_end(newer)

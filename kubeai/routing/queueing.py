@@ -70,6 +70,7 @@ class Waiting:
         "block",
         "entered_s",
         "error",
+        "number",
         "priority",
         "prompt",
         "reservation",
@@ -86,6 +87,7 @@ class Waiting:
         self.tenant = tenant
         self.priority = priority
         self.work = work_of(prompt)
+        self.number = 0  # see fair_queue.Entry
         self.entered_s = 0.0
         self.reservation: Reservation | None = None  # once it is its turn
         self.error: Exception | None = None  # ends the wait
@@ -129,26 +131,24 @@ class ModelQueue:
         self._table = table
         self._row = row
         self._queue: FairQueue[Waiting] = FairQueue(_SharedAccounts(table, row, generation))
-        # The worker whose head came before ours at the last tick, and that head.
-        self._deferred: tuple[int, int] = (-1, 0)
+        # Columns and their heads that came before ours at the last tick, and could be served then.
+        self._late: dict[int, int] = {}
         self._places: dict[Waiting, int] = {}
         self._places_s = -math.inf  # when they were computed
 
     def __len__(self) -> int:
         return len(self._queue)
 
-    async def wait(
-        self, waiting: Waiting, deadline_s: float, *, front: bool = False
-    ) -> Reservation:
+    async def wait(self, waiting: Waiting, deadline_s: float) -> Reservation:
         """Return the request's Reservation when it is its turn.
 
         NoEndpoint at ``deadline_s`` (the loop's time), ModelGone, Blocked once the model's block
-        fails requests, or Displaced. ``front``: it has waited before, so it is its tenant's next.
+        fails requests, or Displaced.
         """
         loop = asyncio.get_running_loop()
         waiting.entered_s = loop.time()
         self._table.enter(self._row, waiting.priority)
-        self._queue.push(waiting, front=front)
+        self._queue.push(waiting)
         served_s = -1.0
         try:
             self.dispatch()
@@ -176,7 +176,7 @@ class ModelQueue:
             return reservation is not None
         waiting.reservation = None
         reservation.release()
-        self._queue.push(waiting, front=True)
+        self._queue.push(waiting)
         self.dispatch()
         return waiting.reservation is not None
 
@@ -244,7 +244,7 @@ class ModelQueue:
     def dispatch(self, *, is_tick: bool = False) -> None:
         """Give Reservations to the requests whose turn it is, while endpoints can serve them."""
         limited = self._routed.picker.capacity > 0
-        skip = self._hung() if is_tick and limited else -1
+        skip = self._hung() if is_tick and limited else 0
         blocked: set[str | None] = set()
         while (head := self._queue.head(blocked)) is not None:
             waiting, start = head
@@ -263,7 +263,6 @@ class ModelQueue:
             blocked.add(waiting.adapter)
             if waiting.adapter is None:  # no endpoint is free, so none with an adapter is
                 break
-        self._deferred = (-1, 0)
         self._publish_rest(limited, blocked)
 
     def _is_first(self, waiting: Waiting, start: int, skip: int, *, is_tick: bool) -> bool:
@@ -272,19 +271,25 @@ class ModelQueue:
         table.publish(row, waiting.priority, start)
         best = table.best(row, skip)
         if best == table.columns - 1 and self._routed.picker.has_room(waiting.adapter, 2):
-            best = table.best(row, best)  # one place is left to the other replica
+            best = table.best(row, skip | 1 << best)  # one place is left to the other replica
         if best in (-1, table.column):
             return True
-        if is_tick:
-            self._deferred = best, table.head(row, best)
         if self._routed.picker.has_room(waiting.adapter):
+            if is_tick:
+                self._late[best] = table.head(row, best)
             table.wake(best)
         return False
 
     def _hung(self) -> int:
-        """The worker whose head has come before ours since the last tick; -1: none."""
-        column, head = self._deferred
-        return column if column >= 0 and self._table.head(self._row, column) == head else -1
+        """Bits of the columns whose heads could have been served since the last tick, but were not.
+
+        While there is no room, none could.
+        """
+        late = self._late.items() if self._routed.picker.has_room() else ()
+        self._late = {
+            column: head for column, head in late if self._table.head(self._row, column) == head
+        }
+        return sum(1 << column for column in self._late)
 
     def _publish_rest(self, limited: bool, blocked: set[str | None]) -> None:
         """Publish what is left: requests that no endpoint can serve now."""

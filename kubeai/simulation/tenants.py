@@ -117,6 +117,7 @@ class _Place:
         self.priority = ask.priority if is_fair else 0
         self.work = ask.prompt_tokens + REQUEST_TOKENS
         self.adapter: str | None = None
+        self.number = 0
 
 
 _ARRIVE, _STEP, _READY = range(3)

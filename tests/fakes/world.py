@@ -145,11 +145,11 @@ class World:
         for model in self.publisher.models():
             assert self.active(model) == 0
             assert self.held(model) == 0
-            assert self.in_flight(model) == 0
+            # What a request has waited for is given back by its task, which ends a turn later.
+            await until(lambda: self.context.held(model) == 0)  # noqa: B023 (awaited here)
+            await until(lambda: self.in_flight(model) == 0)  # noqa: B023 (awaited here)
             assert self.pending(model) == 0
             assert set(self.endpoint_loads(model).values()) <= {0}
-            # The place is given back by the task that waited, which ends a turn later.
-            await until(lambda: self.context.held(model) == 0)  # noqa: B023 (awaited here)
             assert sum(self.queues.waiting(self.publisher.row(model))) == 0
 
     def endpoint_loads(self, model: str) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Declarations of ``_response_body.pyx``."""
 
+cimport cython
 from libc.stdint cimport int64_t
 
 from kubeai.gateway.relay._chunked cimport Chunks
@@ -15,6 +16,7 @@ cdef enum Framing:
     UNTIL_CLOSE
 
 
+@cython.final
 cdef class ResponseBody:
     cdef Framing framing  # the engine's
     cdef bint ended
@@ -36,4 +38,3 @@ cdef class ResponseBody:
     cdef Py_ssize_t take(self, bytes data, Py_ssize_t at) except -1
     cdef bytes recode(self, bytes piece)
     cdef bint _passes_filter(self, const char *data, Py_ssize_t size) noexcept
-    cdef int _note_tail(self, const char *data, Py_ssize_t size) except -1

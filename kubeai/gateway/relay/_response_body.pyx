@@ -5,6 +5,7 @@ It is passed on as it came, unless the client cannot take its framing, or what i
 what is received: then it is decoded, and framed again.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memmove
@@ -19,15 +20,34 @@ from kubeai.gateway.relay._chunked cimport (
     whole_chunk,
 )
 from kubeai.gateway.relay._renaming cimport Renaming
-from kubeai.gateway.relay._text cimport text_free, text_grow
+from kubeai.gateway.relay._text cimport Text, text_free, text_grow
 from kubeai.gateway.relay._usage_filter cimport UsageFilter
 
 cdef enum:
     TAIL_BYTES = 2048  # what an engine reports at the end of a body is in the last bytes
 
 
+cdef inline void note_tail(Text *tail, const char *data, Py_ssize_t size) noexcept:
+    """Keep the last bytes of a body, however many buffers they come in."""
+    cdef Py_ssize_t kept
+    if size >= TAIL_BYTES:
+        data += size - TAIL_BYTES
+        size = TAIL_BYTES
+        tail.size = 0
+    elif tail.size + size > 2 * TAIL_BYTES:
+        kept = TAIL_BYTES - size
+        memmove(tail.at, tail.at + tail.size - kept, kept)
+        tail.size = kept
+    memcpy(tail.at + tail.size, data, size)
+    tail.size += size
+
+
+@cython.final
 cdef class ResponseBody:
     """The body of the current response on a connection to an engine."""
+
+    def __cinit__(self):
+        text_grow(&self.tail, 2 * TAIL_BYTES + 1)
 
     def __dealloc__(self):
         text_free(&self.grown)
@@ -36,6 +56,7 @@ cdef class ResponseBody:
     cdef void begin(self, bint has_body, bint chunked, int64_t length) noexcept:
         """The next body, as its head announces it; ``length``: -1 if that is not known."""
         self.ended = self.malformed = self.recoded = self.rechunks = self.decodes = False
+        self.is_unchanged = False
         self.tail.size = 0
         self.renaming = None
         self.usage_filter = None
@@ -72,9 +93,8 @@ cdef class ResponseBody:
         Sets ``ended`` or ``malformed``.
         """
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data) - at
-        self.is_unchanged = self.usage_filter is not None and self._passes_filter(
-            PyBytes_AS_STRING(data) + at, size
-        )
+        if self.usage_filter is not None:
+            self.is_unchanged = self._passes_filter(PyBytes_AS_STRING(data) + at, size)
         if self.is_unchanged:
             pass  # a whole chunk: the next one begins after it
         elif self.framing == CHUNKED:
@@ -95,26 +115,8 @@ cdef class ResponseBody:
             size = 0
             self.ended = True
         if size:
-            self._note_tail(PyBytes_AS_STRING(data) + at, size)
+            note_tail(&self.tail, PyBytes_AS_STRING(data) + at, size)
         return size
-
-    cdef int _note_tail(self, const char *data, Py_ssize_t size) except -1:
-        """Keep the last bytes of the body, however many buffers they come in."""
-        cdef Py_ssize_t kept
-        if self.tail.at is NULL:
-            text_grow(&self.tail, 2 * TAIL_BYTES + 1)
-        if size >= TAIL_BYTES:
-            data += size - TAIL_BYTES
-            size = TAIL_BYTES
-            self.tail.size = 0
-        elif self.tail.size + size > 2 * TAIL_BYTES:
-            kept = TAIL_BYTES - size
-            memmove(self.tail.at, self.tail.at + self.tail.size - kept, kept)
-            self.tail.size = kept
-        memcpy(self.tail.at + self.tail.size, data, size)
-        self.tail.size += size
-        self.tail.at[self.tail.size] = 0
-        return 0
 
     cdef bytes recode(self, bytes piece):
         """What the client gets for the part just taken, ``piece``; None: nothing yet."""

@@ -393,6 +393,7 @@ cdef class Upstream(UpstreamEnd):
             self._abort()
             return self._refuse(self.exchange)
         if self.body.tail.size:
+            self.body.tail.at[self.body.tail.size] = 0
             self.exchange._body_ended(self.body.tail.at, self.body.tail.size)
         if self.body.rechunks:
             downstream._write(b"0\r\n\r\n")

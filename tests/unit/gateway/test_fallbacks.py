@@ -10,9 +10,9 @@ from fakes.chats import ask, error_of, failing, hang, lose, reset
 from fakes.wire import CHUNKED, Engine, Message, Wire, answer, chunk, post, says, until
 from fakes.world import World
 
-from kubeai.gateway.attempts import AdmittedRequest
-from kubeai.gateway.fallback import FallbackRequest
 from kubeai.routing.channel import FallbackCount, FallbackReport
+from kubeai.routing.fair_queue import FairQueue
+from kubeai.routing.queueing import Waiting
 from kubeai.routing.routes import Block
 
 CHAT = "/v1/chat/completions"
@@ -181,50 +181,78 @@ async def test_a_response_that_has_begun_stays_where_it_is(fallen):
 # -- saturation: a hold although the Model has endpoints -------------------------------------------
 
 
+class Full:
+    """An engine that answers once it is told to. ``came``: the marks of its requests."""
+
+    def __init__(self) -> None:
+        self.came: list[str | None] = []
+        self.room = asyncio.Event()
+
+    async def __call__(self, wire: Wire, request: Message) -> None:
+        self.came.append(request.one("x-mark"))
+        await self.room.wait()
+        await echo(wire, request)
+
+
 @pytest.fixture
-def room(monkeypatch):
-    """Have all endpoints of `m` be full until the event is set."""
-    room = asyncio.Event()
-    hold = AdmittedRequest._hold
+async def saturated(fallen):
+    """A world whose Model `m` serves one request, and has room for no other."""
 
-    async def stay(self):
-        if self._request.name == "m":
-            await room.wait()
-        return await hold(self)
+    async def begin(**fields) -> tuple[World, Full]:
+        world, full = await fallen(), Full()
+        engine = await world.engine(full)
+        world.route("m", {"m-1": engine}, capacity=1, **fields)
+        await (await world.client()).send(ask())
+        await until(lambda: full.came)
+        return world, full
 
-    def place(self, reservation):
-        if reservation is not None and self._request.name != "m":
-            self._attempt(reservation)
-            return
-        if reservation is not None:
-            reservation.release()
-        self.wait_for_endpoint()
-
-    monkeypatch.setattr(AdmittedRequest, "_hold", stay)
-    monkeypatch.setattr(FallbackRequest, "_place", place)
-    return room
+    return begin
 
 
-SLOW_PATH = "X-Label-Selector: !none"
-
-
-async def test_a_saturated_model_spills_to_its_fallback(fallen, room):
-    world = await fallen()
-    world.route("m", {"m-1": await world.engine(echo)}, **NOW)
-    by(await got(world, ask("m", SLOW_PATH)), "b")
+async def test_a_saturated_model_spills_to_its_fallback(saturated):
+    world, full = await saturated(**NOW)
+    by(await got(world, ask()), "b")
     assert fallbacks(world) == {("m", "b", "saturated"): 1}
+    full.room.set()
 
 
-async def test_a_saturated_model_starts_its_fallback_and_waits_for_its_own_room(fallen, room):
-    world = await fallen()
-    world.route("m", {"m-1": await world.engine(echo)}, **NOW)
+async def test_a_saturated_model_starts_its_fallback_and_waits_for_its_own_room(saturated):
+    world, full = await saturated(**NOW)
     world.route("b", {})
     wire = await world.client()
-    await wire.send(ask("m", SLOW_PATH))
+    await wire.send(ask())
     await until(lambda: world.demanded == ["b"])
-    room.set()
+    full.room.set()
     by(await wire.answer(), "m")
     assert fallbacks(world) == {}
+
+
+async def test_a_request_keeps_its_place_when_its_fallback_has_no_room(saturated, monkeypatch):
+    world, full = await saturated(fallbacks=("b",), wait_before_fallback_s=0.3)
+    world.route("b", {"b-1": await world.engine(hang)}, capacity=1)
+    await (await world.client()).send(ask("b"))
+    await until(lambda: world.in_flight("b") == 1)
+    pushes: list[object] = []
+    push = FairQueue.push
+
+    def noted(queue: FairQueue[Waiting], waiting: Waiting) -> None:
+        pushes.append(waiting)
+        push(queue, waiting)
+
+    monkeypatch.setattr(FairQueue, "push", noted)
+    wires = [await world.client() for _ in range(2)]
+    await wires[0].send(ask("m", "X-Mark: first"))
+    await until(lambda: world.held("m") == 1)
+    route = world.routes["m"]
+    fields = {name: getattr(route, name) for name in ("fallbacks", "capacity")}
+    engine = world.engines[route.endpoints[0].address]
+    world.route("m", {"m-1": engine}, wait_before_fallback_s=60.0, **fields)
+    await wires[1].send(ask("m", "X-Mark: second"))
+    await until(lambda: len(pushes) == 3, "the first has looked for room, and waits again")
+    full.room.set()
+    for wire in wires:
+        by(await wire.answer(), "m")
+    assert full.came == [None, "first", "second"]
 
 
 # -- where -----------------------------------------------------------------------------------------
@@ -322,6 +350,19 @@ async def test_when_neither_starts_the_hold_timeout_ends_the_wait(fallen):
     wire = await world.client()
     await wire.send(ask())
     assert (await error_of(wire, 504))["code"] == "timeout"
+    assert fallbacks(world) == {}, "no other Model has served it, or is still to serve it"
+    await until(lambda: sum(world.outcomes("m").values()) == 1)
+
+
+async def test_when_its_own_model_is_busy_until_the_end_a_cold_fallback_is_not_tried(saturated):
+    world, full = await saturated(**NOW)
+    world.route("b", {})
+    wire = await world.client()
+    await wire.send(ask("m", "X-KubeAI-Max-Wait: 50ms"))
+    error = await error_of(wire, 504)
+    assert "busy" in error["message"]
+    assert fallbacks(world) == {}
+    full.room.set()
 
 
 async def test_a_clients_own_limit_counts_for_all_models_together(fallen):

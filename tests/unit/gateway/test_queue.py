@@ -255,6 +255,33 @@ async def test_retries_fill_no_endpoint_beyond_its_capacity(start):
         assert (await wire.answer()).status == 200
 
 
+async def test_requests_of_a_lost_endpoint_wait_for_room_when_the_retry_budget_is_used_up(start):
+    world = await start(
+        hold_comment_after_s=0.0,
+        retry_budget_percent=0,
+        retry_budget_min=0,
+        eject_after_failures=1,
+        eject_time_s=60.0,
+    )
+    engine, dies = Busy(), asyncio.Event()
+
+    async def lose_later(wire: Wire, request: Message) -> None:
+        await dies.wait()
+        wire.close()
+
+    lost = await world.engine(lose_later)
+    good = await world.engine(engine)
+    world.route("m", {"lost": lost, "good": good}, capacity=2)
+    wires = [await send(world, ask("m"), 0) for _ in range(4)]
+    await until(lambda: len(engine.came) == len(lost.requests) == 2)
+    dies.set()
+    await until(lambda: world.held("m") == 2, "the lost requests wait")
+    assert world.endpoint_loads("m")["good"] == 2
+    await engine.serve_all(4)
+    for wire in wires:
+        assert (await wire.answer()).status == 200
+
+
 async def test_a_form_and_a_stream_wait_their_turn_too(busy):
     world, engine = await busy()
     first = await send(world, ask("m"), 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ class Ask:
         self.priority = priority
         self.work = work
         self.adapter = adapter
+        self.number = 0
         self.tag = tag
 
     def __repr__(self):
@@ -129,7 +131,19 @@ def test_a_request_that_returns_is_its_tenants_next():
     asks = [Ask(tag=number) for number in range(3)]
     queue = queue_of(*asks)
     returned = serve(queue)
-    queue.push(returned, front=True)
+    queue.push(returned)
+    assert drained(queue) == asks
+
+
+@pytest.mark.parametrize("adapter", [None, "x"])
+def test_requests_that_return_are_in_the_order_in_which_they_came(adapter):
+    asks = [Ask(tag=number, adapter=adapter) for number in range(5)]
+    queue = queue_of(*asks)
+    for ask in (asks[3], asks[0], asks[2]):
+        queue.remove(ask)
+        queue.push(ask)
+    assert list(queue) == asks
+    assert queue.refusable(1, "b") is asks[4]
     assert drained(queue) == asks
 
 
