@@ -30,3 +30,6 @@ def read(keys: dict[bytes, Key], lines: bytes) -> tuple[Key | None, Problem, int
 
     Also: the problem, the Sources, whether there are cookies, and the lines that engines get.
     """
+
+def fingerprint(secret: bytes, text: bytes) -> bytes:
+    """The fingerprint of a text, 16 bytes, with a secret of as many; for tests."""
