@@ -2,21 +2,17 @@
 
 # No postponed annotations: typer evaluates those of the commands.
 import asyncio
-import os
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kubeai.cli.options import Output, check_output, default_data_dir
+from kubeai.cli.cluster import Kubeconfig, Namespace, connected
+from kubeai.cli.options import Output, check_output
 from kubeai.errors import KubeAIError
 
 if TYPE_CHECKING:
     from kubeai.client.keys import ListedKey
-    from kubeai.kube.client import Kube
 
 LIMIT_MAX, PRIORITY_MIN, PRIORITY_MAX = 1_000_000_000, -1000, 1000
 COLUMNS = (
@@ -25,17 +21,6 @@ COLUMNS = (
 )  # fmt: skip
 
 Name = Annotated[str, typer.Argument(help="Name of the Secret, which is the key's name.")]
-Kubeconfig = Annotated[
-    Path | None,
-    typer.Option(
-        help="Kubeconfig. Default: $KUBECONFIG, the pod's service account, ~/.kube/config, or that "
-        "of kubeai local, whichever is found first.",
-    ),
-]
-Namespace = Annotated[
-    str,
-    typer.Option("--namespace", "-n", help="Namespace of KubeAI (default: the kubeconfig's)."),
-]
 
 
 def key() -> typer.Typer:
@@ -120,7 +105,7 @@ def create(
     )
 
     async def work() -> tuple[str, str]:
-        async with _connected(kubeconfig) as kube:
+        async with connected(kubeconfig) as kube:
             where = namespace or kube.namespace
             return await keys.create(kube, where, new, keys.now_s()), where
 
@@ -147,7 +132,7 @@ def list_keys(
     as_json = check_output(output)
 
     async def work() -> "list[ListedKey]":
-        async with _connected(kubeconfig) as kube:
+        async with connected(kubeconfig) as kube:
             return await keys.keys(kube, namespace or kube.namespace, keys.now_s())
 
     listed = asyncio.run(work())
@@ -165,41 +150,20 @@ def revoke(
     """Delete the Secrets of keys. Their requests are refused, and those in flight are ended."""
     from kubeai.client import keys
 
-    async def work() -> None:
-        async with _connected(kubeconfig) as kube:
+    async def work() -> list[str]:
+        problems = []
+        async with connected(kubeconfig) as kube:
             for name in names:
-                await keys.revoke(kube, namespace or kube.namespace, name)
-                print(f"{name} revoked")
+                try:
+                    await keys.revoke(kube, namespace or kube.namespace, name)
+                except KubeAIError as error:  # the others must be revoked nevertheless
+                    problems.append(str(error))
+                else:
+                    print(f"{name} revoked")
+        return problems
 
-    asyncio.run(work())
-
-
-@asynccontextmanager
-async def _connected(kubeconfig: Path | None) -> "AsyncIterator[Kube]":
-    from kubeai.kube.client import Kube
-
-    kube = await Kube.connect(_find_kubeconfig(kubeconfig))
-    try:
-        yield kube
-    finally:
-        await kube.close()
-
-
-def _find_kubeconfig(given: Path | None) -> str | None:
-    """The kubeconfig to use; None: what `Kube.connect` finds."""
-    if given is not None:
-        return str(given)
-    if os.environ.get("KUBECONFIG") or os.environ.get("KUBERNETES_SERVICE_HOST"):
-        return None
-    places = Path.home() / ".kube" / "config", default_data_dir() / "kubeconfig"
-    for path in places:
-        if path.is_file():
-            print(f"using {path}", file=sys.stderr)
-            return str(path)
-    raise KubeAIError(
-        f"no Kubernetes API: KUBECONFIG is not set, this is not a pod, and there is neither "
-        f"{places[0]} nor {places[1]}; start `kubeai local`, or use --kubeconfig"
-    )
+    if problems := asyncio.run(work()):
+        raise KubeAIError("; ".join(problems))
 
 
 def _print(listed: "list[ListedKey]") -> None:

@@ -208,6 +208,8 @@ def check(dict keys not None, bytes credential not None):
     """See the stub."""
     cdef Problem problem
     cdef Bytes text = view(credential)
+    if not text.size:
+        return None, INVALID
     cdef Fingerprint fingerprint = fingerprint_of(&_secret, text.at, text.size)
     cdef Key key = find(keys, text, &fingerprint, &problem)
     return key, problem

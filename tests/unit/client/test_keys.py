@@ -15,6 +15,7 @@ from fakes.kube import FakeKube
 from typer.testing import CliRunner
 
 from kubeai.api.api_key import KeySecret, read_key
+from kubeai.cli import cluster
 from kubeai.cli import key as command
 from kubeai.client import keys
 from kubeai.client.keys import NewKey
@@ -220,6 +221,13 @@ class TestCommandLine:
         assert self.run("revoke", "alice", "bob").stdout == "alice revoked\nbob revoked\n"
         assert kube.objects == {}
 
+    def test_one_that_does_not_exist_keeps_no_other_from_being_revoked(self, kube):
+        self.run("create", "alice")
+        self.run("create", "bob")
+        with pytest.raises(KubeAIError, match="'nobody'.*; .*'no-one'"):
+            self.run("revoke", "alice", "nobody", "bob", "no-one")
+        assert kube.objects == {}
+
     @pytest.mark.parametrize(
         "arguments", [("--rpm", "0"), ("--priority", "1001"), ("--tpm", "many"), ("--rmp", "1")]
     )
@@ -248,8 +256,8 @@ def test_which_kubeconfig_is_used(monkeypatch, tmp_path, present, environment, f
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert command._find_kubeconfig(None) == (found and str(tmp_path / found))
-    assert command._find_kubeconfig(tmp_path / "given") == str(tmp_path / "given")
+    assert cluster._find_kubeconfig(None) == (found and str(tmp_path / found))
+    assert cluster._find_kubeconfig(tmp_path / "given") == str(tmp_path / "given")
 
 
 def test_without_a_kubeconfig_the_error_says_what_to_do(monkeypatch, tmp_path):
@@ -258,7 +266,7 @@ def test_without_a_kubeconfig_the_error_says_what_to_do(monkeypatch, tmp_path):
     for name in ("HOME", "XDG_DATA_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
     with pytest.raises(KubeAIError, match="start `kubeai local`, or use --kubeconfig"):
-        command._find_kubeconfig(None)
+        cluster._find_kubeconfig(None)
 
 
 def test_clients_take_the_key_from_kubeais_variable_before_openais():

@@ -84,6 +84,11 @@ def test_any_other_text_is_no_key(credential):
     assert check(KEYS, credential) == (None, Problem.INVALID)
 
 
+def test_an_empty_text_is_no_key_even_if_a_secret_has_its_digest():
+    key = Key(record("a", ""))
+    assert check({key.digest: key}, b"") == (None, Problem.INVALID)
+
+
 def test_a_revoked_key_is_none_even_while_it_is_in_the_table():
     key = Key(record("a", ALICE))
     key.is_revoked = True

@@ -486,9 +486,14 @@ def test_the_bodys_limit_of_the_response_is_read(fields, tokens):
     assert read(**fields).output_tokens == tokens
 
 
-def test_an_escaped_key_is_read_as_the_engine_reads_it():
-    body = b'{"model":"m","max\\u005ftokens":100}'
-    assert openai.read(Kind.CHAT, body).output_tokens == 100
+@pytest.mark.parametrize(
+    "field", [b"max_tokens", b"max_output_tokens", b"max_completion_tokens"]
+)
+def test_an_escaped_key_is_read_as_the_engine_reads_it(field):
+    for at in range(len(field)):
+        escaped = b"%b\\u%04x%b" % (field[:at], field[at], field[at + 1 :])
+        body = b'{"model":"m","%b":100}' % escaped
+        assert openai.read(Kind.CHAT, body).output_tokens == 100
 
 
 @pytest.mark.parametrize("kind", [Kind.EMBEDDINGS, Kind.RERANK, Kind.TOKENIZE])
