@@ -114,10 +114,12 @@ def check_credential(
     keys = context.key_table
     assert keys is not None, "keys are required"
     key, problem = check(keys.by_digest, credential)
-    is_valid = key is not None and problem == Problem.NO_PROBLEM
-    if is_valid and key.is_admin:
+    if key is None or problem != Problem.NO_PROBLEM:
+        error = keys.rejection(problem, COOKIE, address)
+    elif key.is_admin:
         return key
-    error = admin_required() if is_valid else keys.rejection(problem, COOKIE, address)
+    else:
+        error = admin_required()
     keys.audit.note(
         error, client=address, method=method, target=path, request_id=request_id, key=key
     )

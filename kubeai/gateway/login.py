@@ -165,4 +165,6 @@ def _redirect(request: web.Request, value: str, attributes: str) -> web.Response
     """Back to the console, with a cookie."""
     secure = "; Secure" if request.headers.get("X-Forwarded-Proto") == "https" else ""
     cookie = f"{COOKIE_NAME}={value}; Path={PATH}; HttpOnly; SameSite=Strict{secure}{attributes}"
-    return web.Response(status=303, headers={**HEADERS, "Location": f"{PATH}/", "Set-Cookie": cookie})
+    return web.Response(
+        status=303, headers={**HEADERS, "Location": f"{PATH}/", "Set-Cookie": cookie}
+    )

@@ -12,7 +12,7 @@ another minute, so that limits hold during a rolling update. Used by peers.py an
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Protocol
 
 from kubeai._key_readings import KeyReadings
@@ -118,7 +118,7 @@ class PeerUses:
         """A peer has left, or is silent for too long: it has nothing in flight any more."""
         self._put(self._retire(address, now_s))
 
-    def _retire(self, address: str, now_s: float) -> Collection[str]:
+    def _retire(self, address: str, now_s: float) -> Set[str]:
         """Keep what a peer has counted for another minute. Returns the names of the keys."""
         reported = self._reported.pop(address, {})
         if reported:

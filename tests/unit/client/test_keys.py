@@ -224,7 +224,7 @@ class TestCommandLine:
     def test_one_that_does_not_exist_keeps_no_other_from_being_revoked(self, kube):
         self.run("create", "alice")
         self.run("create", "bob")
-        with pytest.raises(KubeAIError, match="'nobody'.*; .*'no-one'"):
+        with pytest.raises(KubeAIError, match=r"'nobody'.*; .*'no-one'"):
             self.run("revoke", "alice", "nobody", "bob", "no-one")
         assert kube.objects == {}
 

@@ -25,7 +25,7 @@ async def echo(wire: Wire, request: Message) -> None:
 
 
 async def ended(world: World) -> None:
-    """The tasks of requests that have ended have given back what they counted, which takes turns."""
+    """Wait until the tasks of requests that have ended have given back what they counted."""
     await until(lambda: world.active("b") == 0, "nothing counts as waiting for a fallback")
     await world.at_rest()
 

@@ -486,9 +486,7 @@ def test_the_bodys_limit_of_the_response_is_read(fields, tokens):
     assert read(**fields).output_tokens == tokens
 
 
-@pytest.mark.parametrize(
-    "field", [b"max_tokens", b"max_output_tokens", b"max_completion_tokens"]
-)
+@pytest.mark.parametrize("field", [b"max_tokens", b"max_output_tokens", b"max_completion_tokens"])
 def test_an_escaped_key_is_read_as_the_engine_reads_it(field):
     for at in range(len(field)):
         escaped = b"%b\\u%04x%b" % (field[:at], field[at], field[at + 1 :])
