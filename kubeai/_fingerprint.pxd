@@ -1,8 +1,8 @@
 """Fingerprints of secret texts: SipHash-2-4 with a result of 128 bits, inlined by its users.
 
 There is no ``_fingerprint.pyx``. A fingerprint takes a tenth of the instructions of a SHA-256. With
-a secret that nobody else knows, it is a pseudorandom function: who sends a text can neither tell
-its fingerprint nor choose it, and meets that of another text with a probability of 2⁻¹²⁸.
+a secret that nobody else knows, it is a pseudorandom function: a client can neither compute the
+fingerprint of a text nor choose it, and meets that of another text with a probability of 2⁻¹²⁸.
 
 Source: Aumasson and Bernstein, "SipHash: a fast short-input PRF", and the authors' variant with 128
 bits.

@@ -25,6 +25,9 @@ def check(keys: dict[bytes, Key], credential: bytes) -> tuple[Key | None, Proble
     The key is also returned if it has expired.
     """
 
+def forget(key: Key) -> None:
+    """Release a key that requests can no longer have."""
+
 def read(keys: dict[bytes, Key], lines: bytes) -> tuple[Key | None, Problem, int, bool, bytes]:
     """The key in header lines, each ending in CRLF, as a request's key is found; for tests.
 

@@ -14,7 +14,7 @@ constant time nevertheless. Called by ``_fast_path.pyx`` for requests, by keys.p
 Most requests have a key that this process has seen before. It is recognised by a fingerprint of its
 text (_fingerprint.pxd), which takes a tenth of the time, with a random secret of this process. Only
 valid keys have one, so wrong keys take no memory; and what it finds must still be the key of its
-digest, so there is nothing to forget when a key is revoked.
+digest.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -194,6 +194,13 @@ cdef int remember(Key key, const Fingerprint *fingerprint) except -1:
     key.fingerprint = fingerprint[0]
     _seen[<Py_ssize_t> (fingerprint.low % SEEN_MAX_KEYS)] = key
     return 0
+
+
+def forget(Key key not None):
+    """See the stub."""
+    cdef Py_ssize_t place = <Py_ssize_t> (key.fingerprint.low % SEEN_MAX_KEYS)
+    if _seen is not None and _seen[place] is key:
+        _seen[place] = None
 
 
 cdef Key take_key(RequestHead head, dict keys, Credential *credential):

@@ -20,7 +20,7 @@ from ipaddress import IPv6Address
 from typing import Protocol
 
 from kubeai._keys import Key
-from kubeai.gateway._credentials import Problem, check
+from kubeai.gateway._credentials import Problem, check, forget
 from kubeai.gateway.denials import (
     COOKIE,
     AuditLog,
@@ -76,6 +76,7 @@ class Keys:
             if self.by_digest.get(old.digest) is old:
                 del self.by_digest[old.digest]
             old.is_revoked = is_revoked
+            forget(old)
         if record is not None:
             key = Key(record)
             self.by_name[name] = self.by_digest[key.digest] = key

@@ -1,5 +1,6 @@
 """The compiled search for a request's key agrees with a plain one, whatever the headers are."""
 
+import sys
 import time
 from hashlib import sha256
 
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from kubeai._keys import Key
 from kubeai.gateway._credentials import Problem, Source, check, fingerprint, read
+from kubeai.gateway.keys import Keys
+from kubeai.routing.keys import KeyDelta
 
 EXPIRED = "sk-expired"
 RECORDS = [record("a", ALICE), record("b", BOB), record("e", EXPIRED, expires_s=time.time() - 9)]
@@ -109,6 +112,18 @@ def test_a_key_that_was_seen_is_found_only_while_it_is_in_the_table():
     assert read(table, lines)[:2] == (None, Problem.INVALID)
     table.clear()
     assert read(table, lines)[:2] == (None, Problem.INVALID)
+
+
+def test_a_key_that_was_seen_is_released_when_it_is_gone():
+    table = {}
+    keys = Keys(table, 1)
+    keys.apply(KeyDelta(1, "a", record("a", ALICE)))
+    key = table[sha256(ALICE.encode()).digest()]
+    before = sys.getrefcount(key)
+    assert read(table, text([("x-api-key", ALICE)]))[0] is key
+    assert sys.getrefcount(key) == before + 1
+    keys.apply(KeyDelta(2, "a", None))
+    assert sys.getrefcount(key) == before - 2  # neither by name nor by digest
 
 
 def test_a_key_that_was_seen_can_expire():
