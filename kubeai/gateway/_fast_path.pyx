@@ -384,6 +384,18 @@ cdef class FastPath(EarlyStream):
             reservation._release()
         if self._fallbacks is not None:
             self._fallbacks.close()
+        # Before the meter, which replaces what the engine has not reported by estimates.
+        if self._charge is not None and self._charge._open:
+            settle(
+                self._charge,
+                self._key,
+                self._prompt,
+                self._request,
+                &self.usage,
+                self.status if self.answered else 0,
+                self.answer_bytes,
+                reservation is not None,
+            )
         if self._admission is not None:
             self._admission._count(self._outcome())
             if self._admission._open:
@@ -397,17 +409,6 @@ cdef class FastPath(EarlyStream):
                     if context.usage_refusals is None:
                         context.usage_refusals = UsageRefusals()
                     context.usage_refusals.add(self._routed)
-        if self._charge is not None and self._charge._open:
-            settle(
-                self._charge,
-                self._key,
-                self._prompt,
-                self._request,
-                &self.usage,
-                self.status if self.answered else 0,
-                self.answer_bytes,
-                reservation is not None,
-            )
         if self._observed is not None:
             self.observed()
         return 0

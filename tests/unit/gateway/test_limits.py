@@ -17,6 +17,7 @@ from kubeai._keys import Key
 from kubeai._prompt import Prompt
 from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway._key_limits import OUTPUT_TOKENS, expected_tokens
+from kubeai.gateway._metering import Meter
 from kubeai.openai import request as openai
 from kubeai.openai.routes import Kind
 
@@ -50,6 +51,7 @@ class Keyed:
         world.context.limits = KeyTable.attach(self.table.fd, 0)
         world.context.limits.clock = self.clock
         world.context.keys = {}
+        world.context.meter = Meter()  # which estimates what engines do not report, too
         world.context.cors = Recognise(world.context.keys)
 
     def add(self, name: str, **limits: Any) -> None:
@@ -264,6 +266,19 @@ async def test_a_stream_is_settled_from_its_last_chunk(keyed):
     await wire.send(ask_as("k", stream=True))
     assert (await wire.answer()).status == 200
     await until(lambda: keyed.use("k") == Use(0, 1, 12))
+
+
+async def test_a_response_without_usage_is_settled_with_its_size_and_teaches_no_mean(keyed):
+    world = keyed.world
+    world.route("m", {"a": await world.engine(says(b"x" * 1000))})
+    keyed.add("k", tokens_per_minute=10_000)
+    wire = await world.client()
+    await wire.send(ask_as("k"))
+    assert (await wire.answer()).status == 200
+    await world.at_rest()
+    assert 180 <= keyed.use("k").tokens <= 200
+    (key,) = world.context.keys.values()
+    assert key.mean_output_tokens == 0
 
 
 async def test_a_stream_whose_client_leaves_is_settled_with_what_it_was_sent(keyed):
