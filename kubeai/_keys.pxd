@@ -2,6 +2,8 @@
 
 from libc.stdint cimport int64_t, uint32_t
 
+from kubeai._fingerprint cimport Fingerprint
+
 
 cdef class Selection:
     cdef readonly str text
@@ -14,6 +16,7 @@ cdef class Selection:
 cdef class Key:
     cdef readonly str name  # of the Secret
     cdef readonly bytes digest
+    cdef Fingerprint fingerprint  # of the key, once a request has had it; see _credentials.pyx
     cdef readonly str tenant
     cdef readonly object record  # the KeyRecord
     cdef readonly int row  # in the key table

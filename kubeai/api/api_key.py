@@ -134,6 +134,10 @@ def digest_of(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+# Of an empty text, and of the empty line that `echo "$KEY"` writes without a key.
+_NO_KEYS = frozenset(map(digest_of, (b"", b"\n")))
+
+
 def time_text(time_s: float) -> str:
     """A Unix time as the annotation ``kubeai.org/expires`` has it."""
     return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -180,7 +184,13 @@ def _digest_of_sha256(text: bytes) -> bytes:
             f"entry {ENTRY_SHA256}: is not 64 hexadecimal digits; compute it with "
             "`printf %s \"$KEY\" | sha256sum | cut -d' ' -f1`"
         )
-    return bytes.fromhex(text.decode())
+    digest = bytes.fromhex(text.decode())
+    if digest in _NO_KEYS:
+        raise ValueError(
+            f"entry {ENTRY_SHA256}: is the SHA-256 of an empty key; was the variable with the key "
+            "set when it was computed?"
+        )
+    return digest
 
 
 _PARSERS = {ENTRY_KEY: _digest_of_key, ENTRY_SHA256: _digest_of_sha256}

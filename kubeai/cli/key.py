@@ -9,6 +9,7 @@ import typer
 
 from kubeai.cli.cluster import Kubeconfig, Namespace, connected
 from kubeai.cli.options import Output, check_output
+from kubeai.errors import KubeAIError
 
 if TYPE_CHECKING:
     from kubeai.client.keys import ListedKey
@@ -149,13 +150,20 @@ def revoke(
     """Delete the Secrets of keys. Their requests are refused, and those in flight are ended."""
     from kubeai.client import keys
 
-    async def work() -> None:
+    async def work() -> list[str]:
+        problems = []
         async with connected(kubeconfig) as kube:
             for name in names:
-                await keys.revoke(kube, namespace or kube.namespace, name)
-                print(f"{name} revoked")
+                try:
+                    await keys.revoke(kube, namespace or kube.namespace, name)
+                except KubeAIError as error:  # the others must be revoked nevertheless
+                    problems.append(str(error))
+                else:
+                    print(f"{name} revoked")
+        return problems
 
-    asyncio.run(work())
+    if problems := asyncio.run(work()):
+        raise KubeAIError("; ".join(problems))
 
 
 def _print(listed: "list[ListedKey]") -> None:

@@ -25,8 +25,14 @@ def check(keys: dict[bytes, Key], credential: bytes) -> tuple[Key | None, Proble
     The key is also returned if it has expired.
     """
 
+def forget(key: Key) -> None:
+    """Release a key that requests can no longer have."""
+
 def read(keys: dict[bytes, Key], lines: bytes) -> tuple[Key | None, Problem, int, bool, bytes]:
     """The key in header lines, each ending in CRLF, as a request's key is found; for tests.
 
     Also: the problem, the Sources, whether there are cookies, and the lines that engines get.
     """
+
+def fingerprint(secret: bytes, text: bytes) -> bytes:
+    """The fingerprint of a text, 16 bytes, with a secret of as many; for tests."""

@@ -448,7 +448,8 @@ cdef class FastPath(EarlyStream):
         """Count the request for its key. Afterwards all of ``usage`` is known, or estimated."""
         cdef Usage *usage = &self.usage
         cdef str model = self._routed.route.model
-        cdef bint streams = asks_to_stream(<InferenceRequest?> self._request)
+        cdef InferenceRequest request = <InferenceRequest?> self._request
+        cdef bint streams = asks_to_stream(request)
         cdef bint knows_output = usage.output_tokens != <uint32_t> UNKNOWN_TOKENS
         cdef bint is_reported = knows_output or usage.prompt_tokens != <uint32_t> UNKNOWN_TOKENS
         cdef bint is_estimated = False
@@ -464,9 +465,9 @@ cdef class FastPath(EarlyStream):
             if usage.prompt_tokens == <uint32_t> UNKNOWN_TOKENS and self._prompt is not None:
                 usage.prompt_tokens = self._prompt.tokens
                 is_estimated = self._prompt.tokens != 0
-            if streams and not is_reported:
+            if (streams or request.generates) and not is_reported:
                 usage.output_tokens = <uint32_t> min(
-                    <int64_t> TOKENS_MAX, meter.tokens_in(model, self.answer_bytes)
+                    <int64_t> TOKENS_MAX, meter.tokens_in(model, self.answer_bytes, streams)
                 )
                 is_estimated = True
         usage.prompt_tokens = known(usage.prompt_tokens)

@@ -19,4 +19,4 @@ cdef class Meter:
     cdef dict bytes_per_token  # of streams, by name of the Model
     cdef int count(self, Key key, str model, const Usage *usage, bint is_estimated) except -1
     cdef int learn(self, str model, int64_t size_bytes, int64_t tokens) except -1
-    cdef int64_t tokens_in(self, str model, int64_t size_bytes) except -1
+    cdef int64_t tokens_in(self, str model, int64_t size_bytes, bint streams) except -1

@@ -5,9 +5,9 @@ A worker has one :class:`Meter` if requests need a key. The fast path counts eac
 the request ends. ``take`` returns the counts and forgets them, so that memory is bounded by what is
 used between two calls, and each request is reported once.
 
-Where an engine reports no tokens, because it does not or because the client left before the end,
-the tokens of a stream are estimated from its size. What a token of a Model's streams takes is
-learned from those that report them.
+Where an engine reports no tokens of a response, or the client left before the end,
+its tokens are estimated from its size. What a token of a Model's streams takes is learned from those
+that report them.
 """
 
 cimport cython
@@ -21,6 +21,8 @@ from kubeai.routing.usage import UsageRow
 cdef enum:
     LEARNED_MIN_TOKENS = 16  # the head of a short response would count for too much
     MODELS_MAX_COUNT = 10_000  # whose streams are known
+    HEAD_BYTES = 200  # of a response that is not streamed
+    BYTES_PER_TOKEN = 5  # of its body
 cdef double STREAM_BYTES_PER_TOKEN = 220  # until one has been seen
 cdef double LEARNING_RATE = 0.05
 
@@ -71,8 +73,10 @@ cdef class Meter:
             self.bytes_per_token[model] = seen
         return 0
 
-    cdef int64_t tokens_in(self, str model, int64_t size_bytes) except -1:
-        """The tokens in a stream of this size, as estimated."""
+    cdef int64_t tokens_in(self, str model, int64_t size_bytes, bint streams) except -1:
+        """The tokens in a response of this size, as estimated."""
+        if not streams:
+            return max(<int64_t> 0, size_bytes - HEAD_BYTES) // BYTES_PER_TOKEN
         cdef double known = self.bytes_per_token.get(model, STREAM_BYTES_PER_TOKEN)
         return <int64_t> (size_bytes / known)
 

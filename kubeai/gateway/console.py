@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 PATH = "/ui"
 CONSOLE_BODY_MAX_BYTES = 4 << 20  # of manifests
 COOKIE_NAME = "kubeai_key"
-LOGIN_PATHS = frozenset((f"{PATH}/login", f"{PATH}/logout"))  # POST; see login.py
+LOGIN_PATH, LOGOUT_PATH = f"{PATH}/login", f"{PATH}/logout"  # POST; see login.py
+LOGIN_PATHS = frozenset((LOGIN_PATH, LOGOUT_PATH))
 _PLAYGROUND = PATH + PREFIX + "/"
 _COOKIE = COOKIE_NAME.encode()
 

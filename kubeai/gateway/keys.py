@@ -20,8 +20,14 @@ from ipaddress import IPv6Address
 from typing import Protocol
 
 from kubeai._keys import Key
-from kubeai.gateway._credentials import Problem, check
-from kubeai.gateway.denials import COOKIE, AuditLog, no_valid_key, too_many_failures
+from kubeai.gateway._credentials import Problem, check, forget
+from kubeai.gateway.denials import (
+    COOKIE,
+    AuditLog,
+    admin_required,
+    no_valid_key,
+    too_many_failures,
+)
 from kubeai.openai.errors import BadRequest
 from kubeai.routing.keys import KeyDelta, KeyRecord, KeySnapshot
 
@@ -44,8 +50,6 @@ class Keys:
         self.by_name: dict[str, Key] = {}
         self.audit = AuditLog()
         self.failures = FailureLimit(failures_per_minute, clock)
-        # Called when a key is revoked or replaced by another object. Requests may still have it.
-        self.retired: Callable[[Key], None] | None = None
 
     def apply(self, message: KeySnapshot | KeyDelta) -> bool:
         """Apply a change. Returns whether keys were revoked, or are no longer an administrator's.
@@ -72,8 +76,7 @@ class Keys:
             if self.by_digest.get(old.digest) is old:
                 del self.by_digest[old.digest]
             old.is_revoked = is_revoked
-            if self.retired is not None:
-                self.retired(old)
+            forget(old)
         if record is not None:
             key = Key(record)
             self.by_name[name] = self.by_digest[key.digest] = key
@@ -105,16 +108,19 @@ def check_credential(
     method: str = "POST",
     path: str = "/ui/login",
 ) -> Key:
-    """The key with a text that a client has sent elsewhere than in a header.
+    """The administrator's key with a text that a client has sent elsewhere than in a header.
 
-    BadRequest if it is not valid, which is counted for the client's address and logged.
+    BadRequest if it is not one, which is logged, and a wrong key counted for the client's address.
     """
     keys = context.key_table
     assert keys is not None, "keys are required"
     key, problem = check(keys.by_digest, credential)
-    if key is not None and problem == Problem.NO_PROBLEM:
+    if key is None or problem != Problem.NO_PROBLEM:
+        error = keys.rejection(problem, COOKIE, address)
+    elif key.is_admin:
         return key
-    error = keys.rejection(problem, COOKIE, address)
+    else:
+        error = admin_required()
     keys.audit.note(
         error, client=address, method=method, target=path, request_id=request_id, key=key
     )

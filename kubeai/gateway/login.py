@@ -20,11 +20,9 @@ from urllib.parse import parse_qsl, urlsplit
 
 from aiohttp import web
 
-from kubeai._keys import Key
+from kubeai.gateway.console import COOKIE_NAME, LOGIN_PATH, LOGIN_PATHS, LOGOUT_PATH, PATH
 from kubeai.openai.errors import BadRequest
 
-LOGIN_PATH, LOGOUT_PATH = "/ui/login", "/ui/logout"
-COOKIE = "kubeai_key"
 BODY_MAX_BYTES = 4096  # a key has up to 512 bytes, each up to three of them in a form
 FORM_TYPE = "application/x-www-form-urlencoded"
 # Bytes that a cookie may have (RFC 6265, section 4.1.1). Keys of `kubeai key create` have no other.
@@ -64,7 +62,7 @@ HEADERS = {
 }
 HTML_TYPE = "text/html; charset=utf-8"
 
-Check = Callable[[bytes, str], Key]
+Check = Callable[[bytes, str], object]
 
 
 def login_page(message: str = "") -> str:
@@ -98,24 +96,21 @@ def login_response(
 
 def is_login(method: str, path: str) -> bool:
     """Whether a request needs no key because it logs in or out. ``path``: without a query."""
-    return method == "POST" and path in (LOGIN_PATH, LOGOUT_PATH)
+    return method == "POST" and path in LOGIN_PATHS
 
 
 async def answer(request: web.Request, check: Check) -> web.Response:
     """The response to a request that :func:`is_login` accepts.
 
-    ``check(key, address)`` returns the key or raises BadRequest. ``address``: the client's.
+    ``check(key, address)`` raises BadRequest unless the key is an administrator's. ``address``: the
+    client's.
     """
     _check_origin(request)
     if request.path == LOGOUT_PATH:
         return _redirect(request, "", "; Max-Age=0")
     text = await _key_in(request)
     try:
-        key = check(text.encode(), _address(request))
-        if not key.is_admin:
-            raise BadRequest(
-                "This key is valid, but it is not an admin's.", status=403, code="admin_required"
-            )
+        check(text.encode(), _address(request))
         if not _COOKIE_VALUE.fullmatch(text):
             raise BadRequest(
                 "This key has characters that a browser cannot keep. Create another one with "
@@ -169,5 +164,7 @@ def _address(request: web.Request) -> str:
 def _redirect(request: web.Request, value: str, attributes: str) -> web.Response:
     """Back to the console, with a cookie."""
     secure = "; Secure" if request.headers.get("X-Forwarded-Proto") == "https" else ""
-    cookie = f"{COOKIE}={value}; Path=/ui; HttpOnly; SameSite=Strict{secure}{attributes}"
-    return web.Response(status=303, headers={**HEADERS, "Location": "/ui/", "Set-Cookie": cookie})
+    cookie = f"{COOKIE_NAME}={value}; Path={PATH}; HttpOnly; SameSite=Strict{secure}{attributes}"
+    return web.Response(
+        status=303, headers={**HEADERS, "Location": f"{PATH}/", "Set-Cookie": cookie}
+    )

@@ -241,7 +241,7 @@ class ScriptedConsole:
         is_own = request.path.startswith("/ui") and (
             "/openai/" not in request.path or request.headers.get("X-KubeAI-UI") == "1"
         )
-        if is_own and request.cookies.get(login.COOKIE) == self.admins_key:
+        if is_own and request.cookies.get(login.COOKIE_NAME) == self.admins_key:
             return await handler(request)
         if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
             return login.login_response(401, "" if not request.cookies else "No longer valid.")

@@ -12,7 +12,7 @@ another minute, so that limits hold during a rolling update. Used by peers.py an
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Protocol
 
 from kubeai._key_readings import KeyReadings
@@ -90,20 +90,21 @@ class PeerUses:
         self._table = table
         self._keys = keys
         self._reported: dict[str, dict[str, wire.KeyUse]] = {}  # by the peer's address, by name
-        # The same of peers that have left, without what was in flight, and when they have.
+        # The same of peers that have left or started again, without what was in flight, and when.
         self._left: dict[str, tuple[float, dict[str, wire.KeyUse]]] = {}
 
-    def take(self, address: str, uses: Mapping[str, wire.KeyUse], *, whole: bool = False) -> None:
+    def take(
+        self, address: str, uses: Mapping[str, wire.KeyUse], now_s: float, *, whole: bool = False
+    ) -> None:
         """Apply a peer's report. ``whole``: it is complete; keys missing from it are not used.
 
-        BadFrame if there are too many keys.
+        A complete report may come from a replica that has started again at the address, and knows
+        nothing of what it has counted before. BadFrame if there are too many keys.
         """
-        reported = self._reported.setdefault(address, {})
         touched = set(uses)
         if whole:
-            touched |= reported.keys()
-            reported.clear()
-            touched |= self._left.pop(address, (0.0, {}))[1].keys()
+            touched |= self._retire(address, now_s)
+        reported = self._reported.setdefault(address, {})
         for name, use in uses.items():
             if use == UNUSED:
                 reported.pop(name, None)
@@ -115,11 +116,15 @@ class PeerUses:
 
     def leave(self, address: str, now_s: float) -> None:
         """A peer has left, or is silent for too long: it has nothing in flight any more."""
-        reported = self._reported.pop(address, None)
+        self._put(self._retire(address, now_s))
+
+    def _retire(self, address: str, now_s: float) -> Set[str]:
+        """Keep what a peer has counted for another minute. Returns the names of the keys."""
+        reported = self._reported.pop(address, {})
         if reported:
             left = {name: (0, requests, tokens) for name, (_, requests, tokens) in reported.items()}
             self._left[address] = now_s, left
-            self._put(left)
+        return reported.keys()
 
     def age(self, now_s: float) -> None:
         """Drop what was reported by peers that left a minute ago."""
@@ -133,10 +138,18 @@ class PeerUses:
         lease = self._keys.rows.get(name)
         if lease is None:
             return
-        reports = [*self._reported.values(), *(left for _, left in self._left.values())]
-        uses = [report.get(name, UNUSED) for report in reports]
+        uses = [self._use(address, name) for address in self._reported.keys() | self._left.keys()]
         in_flight, requests, tokens = map(sum, zip(UNUSED, *uses, strict=True))
         self._table.set_peers(*lease, in_flight, requests, tokens)
+
+    def _use(self, address: str, name: str) -> wire.KeyUse:
+        """What a peer has used of a key.
+
+        If it has only lost the connection, what it reports includes what it has reported before.
+        """
+        in_flight, requests, tokens = self._reported.get(address, {}).get(name, UNUSED)
+        _, requests_left, tokens_left = self._left.get(address, (0.0, {}))[1].get(name, UNUSED)
+        return in_flight, max(requests, requests_left), max(tokens, tokens_left)
 
     def _put(self, names: Iterable[str]) -> None:
         for name in names:

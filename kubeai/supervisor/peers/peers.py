@@ -209,7 +209,7 @@ class Peers:
                     async for loads, whole in words:
                         self._view.take(peer, loads, self._clock(), whole)
                         if self._uses is not None:
-                            self._uses.take(address, loads.keys, whole=whole)
+                            self._uses.take(address, loads.keys, self._clock(), whole=whole)
                         self._note(loads.prompts or ())
                         if logged != CONNECTED:
                             logged = CONNECTED

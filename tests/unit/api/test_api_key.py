@@ -133,6 +133,8 @@ def test_a_key_may_have_every_visible_character(length):
         ({"sha256": encoded(DIGEST.hex()[:-1])}, "64 hexadecimal digits"),
         ({"sha256": encoded(DIGEST)}, "64 hexadecimal digits"),
         ({"sha256": encoded(f"{DIGEST.hex()}  -")}, "sha256sum"),
+        ({"sha256": encoded(hashlib.sha256(b"").hexdigest())}, "SHA-256 of an empty key"),
+        ({"sha256": encoded(hashlib.sha256(b"\n").hexdigest())}, "SHA-256 of an empty key"),
         ({"api_key": encoded("other"), "sha256": encoded(DIGEST.hex())}, "not the SHA-256 of"),
         ({"api_key": None}, "neither"),
     ],

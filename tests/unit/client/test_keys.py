@@ -221,6 +221,13 @@ class TestCommandLine:
         assert self.run("revoke", "alice", "bob").stdout == "alice revoked\nbob revoked\n"
         assert kube.objects == {}
 
+    def test_one_that_does_not_exist_keeps_no_other_from_being_revoked(self, kube):
+        self.run("create", "alice")
+        self.run("create", "bob")
+        with pytest.raises(KubeAIError, match=r"'nobody'.*; .*'no-one'"):
+            self.run("revoke", "alice", "nobody", "bob", "no-one")
+        assert kube.objects == {}
+
     @pytest.mark.parametrize(
         "arguments", [("--rpm", "0"), ("--priority", "1001"), ("--tpm", "many"), ("--rmp", "1")]
     )

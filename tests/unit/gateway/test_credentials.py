@@ -1,5 +1,6 @@
 """The compiled search for a request's key agrees with a plain one, whatever the headers are."""
 
+import sys
 import time
 from hashlib import sha256
 
@@ -8,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kubeai._keys import Key
-from kubeai.gateway._credentials import Problem, Source, check, read
+from kubeai.gateway._credentials import Problem, Source, check, fingerprint, read
+from kubeai.gateway.keys import Keys
+from kubeai.routing.keys import KeyDelta
 
 EXPIRED = "sk-expired"
 RECORDS = [record("a", ALICE), record("b", BOB), record("e", EXPIRED, expires_s=time.time() - 9)]
@@ -84,7 +87,98 @@ def test_any_other_text_is_no_key(credential):
     assert check(KEYS, credential) == (None, Problem.INVALID)
 
 
+def test_an_empty_text_is_no_key_even_if_a_secret_has_its_digest():
+    key = Key(record("a", ""))
+    assert check({key.digest: key}, b"") == (None, Problem.INVALID)
+
+
 def test_a_revoked_key_is_none_even_while_it_is_in_the_table():
     key = Key(record("a", ALICE))
     key.is_revoked = True
     assert check({key.digest: key}, ALICE.encode()) == (None, Problem.INVALID)
+
+
+def test_a_key_that_was_seen_is_found_only_while_it_is_in_the_table():
+    """A fingerprint that finds a key again is no right of its own."""
+    key = Key(record("a", ALICE))
+    table = {key.digest: key}
+    lines = text([("x-api-key", ALICE)])
+    for _ in range(2):
+        assert read(table, lines)[:2] == (key, Problem.NO_PROBLEM)
+    replaced = Key(record("a", ALICE, row=7))
+    table[key.digest] = replaced
+    assert read(table, lines)[0] is replaced
+    replaced.is_revoked = True
+    assert read(table, lines)[:2] == (None, Problem.INVALID)
+    table.clear()
+    assert read(table, lines)[:2] == (None, Problem.INVALID)
+
+
+def test_a_key_that_was_seen_is_released_when_it_is_gone():
+    table = {}
+    keys = Keys(table, 1)
+    keys.apply(KeyDelta(1, "a", record("a", ALICE)))
+    key = table[sha256(ALICE.encode()).digest()]
+    before = sys.getrefcount(key)
+    assert read(table, text([("x-api-key", ALICE)]))[0] is key
+    assert sys.getrefcount(key) == before + 1
+    keys.apply(KeyDelta(2, "a", None))
+    assert sys.getrefcount(key) == before - 2  # neither by name nor by digest
+
+
+def test_a_key_that_was_seen_can_expire():
+    key = Key(record("a", ALICE))
+    lines = text([("x-api-key", ALICE)])
+    assert read({key.digest: key}, lines)[1] == Problem.NO_PROBLEM
+    assert key.update(record("a", ALICE, expires_s=time.time() - 9))
+    assert read({key.digest: key}, lines)[:2] == (key, Problem.EXPIRED)
+
+
+def siphash(secret: bytes, message: bytes) -> bytes:
+    """SipHash-2-4 with 128 bits, as its authors specify it."""
+    mask = (1 << 64) - 1
+    k0, k1 = (int.from_bytes(secret[at : at + 8], "little") for at in (0, 8))
+    v = [k0, k1 ^ 0xEE, k0, k1]
+    for i, letters in enumerate((b"somepseu", b"dorandom", b"lygenera", b"tedbytes")):
+        v[i] ^= int.from_bytes(letters, "big")
+
+    def rotated(x: int, by: int) -> int:
+        return (x << by | x >> (64 - by)) & mask
+
+    def add(to: int, other: int, by: int, *, half: bool) -> None:
+        v[to] = v[to] + v[other] & mask
+        v[other] = rotated(v[other], by) ^ v[to]
+        if half:
+            v[to] = rotated(v[to], 32)
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            add(0, 1, 13, half=True)
+            add(2, 3, 16, half=False)
+            add(0, 3, 21, half=False)
+            add(2, 1, 17, half=True)
+
+    whole = len(message) // 8 * 8
+    words = [message[at : at + 8] for at in range(0, whole, 8)]
+    words.append(message[whole:].ljust(7, b"\0") + bytes([len(message) % 256]))
+    for word in (int.from_bytes(each, "little") for each in words):
+        v[3] ^= word
+        rounds(2)
+        v[0] ^= word
+    halves = []
+    for at, change in ((2, 0xEE), (1, 0xDD)):
+        v[at] ^= change
+        rounds(4)
+        halves.append((v[0] ^ v[1] ^ v[2] ^ v[3]).to_bytes(8, "little"))
+    return b"".join(halves)
+
+
+def test_a_fingerprint_is_the_authors_example():
+    expected = "a3817f04ba25a8e66df67214c7550293"
+    assert fingerprint(bytes(range(16)), b"").hex() == expected
+    assert siphash(bytes(range(16)), b"").hex() == expected
+
+
+@given(st.binary(min_size=16, max_size=16), st.binary(max_size=600))
+def test_a_fingerprint_is_siphash(secret, message):
+    assert fingerprint(secret, message) == siphash(secret, message)

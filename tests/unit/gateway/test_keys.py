@@ -13,6 +13,7 @@ from kubeai.api.config.system import KeysConfig
 from kubeai.gateway.keys import FAILING_ADDRESSES_MAX_COUNT, FailureLimit, Keys, check_credential
 from kubeai.gateway.local_routes import make_app
 from kubeai.openai.errors import BadRequest
+from kubeai.openai.request import LARGE_BYTES
 from kubeai.routing.keys import KeyDelta, KeySnapshot
 
 
@@ -378,6 +379,11 @@ async def test_a_stored_response_belongs_to_the_tenant_that_made_it(start):
         response_id.encode(),
     )
     assert (await ask(wire, bearer(BOB), path="/v1/responses", body=twice)).status == 404
+    escaped = b'{"model":"m","previous_response_\\u0069d":"%b"}' % response_id.encode()
+    assert (await ask(wire, bearer(BOB), path="/v1/responses", body=escaped)).status == 404
+    large = escaped[:-1] + b',"input":"%b"}' % (b"x" * LARGE_BYTES)
+    assert (await ask(wire, bearer(BOB), path="/v1/responses", body=large)).status == 404
+    assert len(sent(world)) == before
 
 
 # -- failures ------------------------------------------------------------------------------------
@@ -501,14 +507,12 @@ def test_changed_limits_change_the_key_that_requests_have():
 
 
 def test_another_digest_revokes_the_key_and_another_row_replaces_it():
-    table, retired = keys(), []
-    table.retired = retired.append
+    table = keys()
     a, b = table.by_name["a"], table.by_name["b"]
     assert table.apply(KeyDelta(2, "a", record("a", "new")))
     assert not table.apply(KeyDelta(3, "b", record("b", "kb", row=7)))
     assert table.apply(KeyDelta(4, "a", None))
     assert not table.apply(KeyDelta(5, "a", None))
-    assert (retired[:2], len(retired)) == ([a, b], 3)
     assert (a.is_revoked, b.is_revoked, table.by_name["b"].row) == (True, False, 7)
     assert set(table.by_digest.values()) == {table.by_name["b"]}
 
@@ -533,7 +537,8 @@ def test_a_credential_from_elsewhere_is_checked_and_counted():
         key_table = Keys({}, 1)
 
     context = Context()
-    context.key_table.apply(KeyDelta(1, "a", record("a", "ka")))
+    context.key_table.apply(KeyDelta(1, "a", record("a", "ka", is_admin=True)))
+    context.key_table.apply(KeyDelta(2, "b", record("b", "kb")))
     with capture_logs() as logs:
         assert check_credential(context, b"ka", "192.0.2.1").name == "a"
         for status in (401, 429):
@@ -543,7 +548,11 @@ def test_a_credential_from_elsewhere_is_checked_and_counted():
         with pytest.raises(BadRequest, match="The API key in the login is not valid"):
             check_credential(context, b"", "192.0.2.2")
         assert check_credential(context, b"ka", "192.0.2.1").name == "a"
-    assert [line["path"] for line in logs] == ["/ui/login"] * 3
+        with pytest.raises(BadRequest, match="administrator"):
+            check_credential(context, b"kb", "192.0.2.3")
+    assert [line["path"] for line in logs] == ["/ui/login"] * 4
+    assert (logs[-1]["code"], logs[-1]["key"]) == ("admin_required", "b")
+    assert len(context.key_table.failures) == 2  # a valid key is no failure of its address
 
 
 async def test_a_worker_without_its_keys_rejects_everything(start):

@@ -268,6 +268,19 @@ async def test_a_stream_is_settled_from_its_last_chunk(keyed):
     await until(lambda: keyed.use("k") == Use(0, 1, 12))
 
 
+async def test_a_response_without_usage_is_settled_with_its_size_and_teaches_no_mean(keyed):
+    world = keyed.world
+    world.route("m", {"a": await world.engine(says(b"x" * 1000))})
+    keyed.add("k", tokens_per_minute=10_000)
+    wire = await world.client()
+    await wire.send(ask_as("k"))
+    assert (await wire.answer()).status == 200
+    await world.at_rest()
+    assert 180 <= keyed.use("k").tokens <= 200
+    (key,) = world.context.keys.values()
+    assert key.mean_output_tokens == 0
+
+
 async def test_a_stream_whose_client_leaves_is_settled_with_what_it_was_sent(keyed):
     world = keyed.world
     event = b"data: " + b"x" * 400 + b"\n\n"
@@ -511,9 +524,12 @@ def test_the_bodys_limit_of_the_response_is_read(fields, tokens):
     assert read(**fields).output_tokens == tokens
 
 
-def test_an_escaped_key_is_read_as_the_engine_reads_it():
-    body = b'{"model":"m","max\\u005ftokens":100}'
-    assert openai.read(Kind.CHAT, body).output_tokens == 100
+@pytest.mark.parametrize("field", [b"max_tokens", b"max_output_tokens", b"max_completion_tokens"])
+def test_an_escaped_key_is_read_as_the_engine_reads_it(field):
+    for at in range(len(field)):
+        escaped = b"%b\\u%04x%b" % (field[:at], field[at], field[at + 1 :])
+        body = b'{"model":"m","%b":100}' % escaped
+        assert openai.read(Kind.CHAT, body).output_tokens == 100
 
 
 @pytest.mark.parametrize("kind", [Kind.EMBEDDINGS, Kind.RERANK, Kind.TOKENIZE])

@@ -14,6 +14,7 @@ from yarl import URL
 
 from kubeai._keys import Key
 from kubeai.gateway import login
+from kubeai.gateway.denials import admin_required
 from kubeai.openai.errors import BadRequest
 from kubeai.routing.keys import KeyRecord
 
@@ -40,7 +41,8 @@ class Gateway:
             raise BadRequest("Too many wrong keys.", status=429, retry_after_s=7)
         if credential not in self.keys:
             raise BadRequest("This <key> is not valid.", status=401, code="invalid_api_key")
-        return self.keys[credential]
+        if not self.keys[credential].is_admin:
+            raise admin_required()
 
     async def answer(self, request):
         try:
@@ -105,7 +107,7 @@ async def test_white_space_from_copying_is_removed(client, written):
     [
         ("wrong", 401, "This &lt;key&gt; is not valid."),
         ("", 401, "not valid"),
-        (USER, 403, "not an admin"),
+        (USER, 403, "needs the key of an administrator"),
         (ODD, 400, "characters that a browser cannot keep"),
     ],
 )

@@ -238,13 +238,18 @@ def test_the_uses_of_several_peers_are_added_up(table):
     keys = Rows(table)
     row, _ = keys.add("k")
     uses = PeerUses(table, keys)
-    uses.take("a", {"k": (1, 10, 100), "unknown": (9, 9, 9)}, whole=True)
-    uses.take("b", {"k": (2, 20, 200)}, whole=True)
+    uses.take("a", {"k": (1, 10, 100), "unknown": (9, 9, 9)}, 0.0, whole=True)
+    uses.take("b", {"k": (2, 20, 200)}, 0.0, whole=True)
     assert table.use(row) == Use(3, 30, 300)
-    uses.take("a", {"k": (0, 11, 110)})
+    uses.take("a", {"k": (0, 11, 110)}, 0.0)
     assert table.use(row) == Use(2, 31, 310)
-    uses.take("b", {}, whole=True)
-    assert table.use(row) == Use(0, 11, 110), "it has started again"
+    uses.take("b", {}, 0.0, whole=True)
+    assert table.use(row) == Use(0, 31, 310), "it has started again"
+    uses.take("b", {"k": (1, 5, 50)}, 1.0)
+    assert table.use(row) == Use(1, 31, 310)
+    uses.age(LEFT_S)
+    assert table.use(row) == Use(1, 16, 160)
+    uses.take("b", {"k": (0, 0, 0)}, LEFT_S)
     later, _ = keys.add("unknown")
     assert table.use(later) == Use(0, 0, 0)
     uses.put("unknown")
@@ -255,10 +260,10 @@ def test_a_peer_that_comes_back_is_not_counted_twice(table):
     keys = Rows(table)
     row, _ = keys.add("k")
     uses = PeerUses(table, keys)
-    uses.take("a", {"k": (1, 10, 100)}, whole=True)
+    uses.take("a", {"k": (1, 10, 100)}, 0.0, whole=True)
     uses.leave("a", 0.0)
     assert table.use(row) == Use(0, 10, 100)
-    uses.take("a", {"k": (1, 12, 120)}, whole=True)
+    uses.take("a", {"k": (1, 12, 120)}, 0.0, whole=True)
     assert table.use(row) == Use(1, 12, 120)
     uses.leave("a", 10.0)
     uses.age(LEFT_S + 9)
@@ -271,7 +276,7 @@ def test_a_peer_with_too_many_keys_is_refused(table):
     uses = PeerUses(table, Rows(table))
     names = {f"key-{number}": (1, 1, 1) for number in range(wire.KEYS_MAX + 1)}
     with pytest.raises(wire.BadFrame, match="more than 65536 keys"):
-        uses.take("a", names, whole=True)
+        uses.take("a", names, 0.0, whole=True)
 
 
 @pytest.mark.parametrize(
