@@ -212,7 +212,7 @@ class Machine:
         await self._serving.aclose()
 
     async def clear(self) -> None:
-        """As it was at first: without Models, pods, Jobs, claims and quotas, and with its config."""
+        """As at first: no Models, pods, Jobs, claims and quotas, and its own config."""
         await self._delete_models()
         for resource in (JOBS, PVCS) if self.is_alone else (JOBS, PVCS, QUOTAS):
             for found in (await self.kube.list(resource, self.namespace))[0]:
