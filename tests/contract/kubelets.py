@@ -63,17 +63,38 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+# The kubelet with a shorter back-off.
+IMPATIENT = """
+from functools import partial
+from kubeai.local.kubelet import __main__ as kubelet
+from kubeai.local.kubelet.pods.host import Host, Timing
+kubelet.Host = partial(Host, timing=Timing(restart_first_s={restart_first_s}))
+kubelet.main()
+"""
+
+
 class Kubelet:
     """The kubelet's process; `start` again goes on with the same data directory."""
 
     def __init__(
-        self, server, kubeconfig: str, directory: Path, node: str, *options: str, bind: bool
+        self,
+        server,
+        kubeconfig: str,
+        directory: Path,
+        node: str,
+        *options: str,
+        bind: bool,
+        restart_first_s: float | None = None,
     ) -> None:
+        """``restart_first_s``: the back-off before the second restart of a container."""
         self.server, self.node, self.directory = server, node, directory
         self.pids = directory / "pids"
         self.pids.mkdir(parents=True)
+        run = ["-m", "kubeai.local.kubelet"]
+        if restart_first_s is not None:
+            run = ["-c", IMPATIENT.format(restart_first_s=restart_first_s)]
         self.command = [
-            *(sys.executable, "-m", "kubeai.local.kubelet"),
+            *(sys.executable, *run),
             *("--kubeconfig", kubeconfig, "--data-dir", str(directory / "data")),
             *("--node-name", node, *(() if bind else ("--no-bind",)), *options),
         ]

@@ -21,10 +21,12 @@ from servers import ApiServer
 
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
-from kubeai.kube.resources import MODELS, PODS
+from kubeai.kube.resources import JOBS, MODELS, PODS, PVCS, Resource
 from kubeai.local.jobs.controller import JobController
 
 EXEC_TIMEOUT_S = 20.0
+RESTART_FIRST_S = 3.0  # of the kubelet's back-off, which is 10 s elsewhere
+QUOTAS = Resource("", "v1", "resourcequotas", "ResourceQuota")
 # Stands for the loader's image: leaves a file that says what was fetched. It waits while the file
 # GATE exists, and fails for URLs that say so.
 LOAD = """#!/bin/sh
@@ -145,6 +147,7 @@ class Machine:
         self.account = str(account)  # the kubeconfig of `kubeai serve`
         self._stack = contextlib.AsyncExitStack()
         self._serving = contextlib.AsyncExitStack()
+        self._changed: dict = {}
         self.kube: Kube
         self.endpoint = ""
 
@@ -161,6 +164,7 @@ class Machine:
             self.directory / "kubelet",
             f"machine-{self.namespace}",
             bind=self.is_alone,
+            restart_first_s=RESTART_FIRST_S,
         )
         # Or the scheduler would give the next machine's pods to it.
         self._stack.callback(self.api.request, "DELETE", f"/api/v1/nodes/{kubelet.node}")
@@ -188,9 +192,17 @@ class Machine:
         code, answer = self.api.request("POST", "/api/v1/persistentvolumes", volume)
         assert code == 201, answer
 
+    async def _replace_volume(self) -> None:
+        """A claim that is gone has used its volume up."""
+        path = f"/api/v1/persistentvolumes/{self.namespace}"
+        self.api.request("DELETE", path)
+        await until("the volume is gone", lambda: self.api.request("GET", path)[0] == 404)
+        self._make_volume()
+
     async def serve(self, **config) -> None:
         """`kubeai serve`, in place of the one that runs."""
         await self._serving.aclose()
+        self._changed = config
         context = serving(self.directory, self.account, self.namespace, **(self.config | config))
         serve = await self._serving.enter_async_context(context)
         self.endpoint = serve.said("serving")["endpoint"]
@@ -198,6 +210,24 @@ class Machine:
     async def close(self) -> None:
         await self._stack.aclose()
         await self._serving.aclose()
+
+    async def clear(self) -> None:
+        """As at first: no Models, pods, Jobs, claims and quotas, and its own config."""
+        await self._delete_models()
+        for resource in (JOBS, PVCS) if self.is_alone else (JOBS, PVCS, QUOTAS):
+            for found in (await self.kube.list(resource, self.namespace))[0]:
+                with contextlib.suppress(ApiError):  # it has ended by itself
+                    await self.kube.delete(resource, found["metadata"]["name"])
+
+        async def empty() -> bool:
+            lists = [await self.kube.list(one, self.namespace) for one in (PODS, JOBS, PVCS)]
+            return not any(items for items, _ in lists)
+
+        await until("pods, Jobs and claims are gone", empty, 60)
+        if not self.is_alone:
+            await self._replace_volume()
+        if self._changed:
+            await self.serve()
 
     async def _delete_models(self) -> None:
         self.gate.unlink(missing_ok=True)

@@ -13,17 +13,17 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from harness import CONFIG, model, until
-from machines import Machine, install_load, machine
+from machines import QUOTAS, Machine, install_load, machine
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, embedded, install_models
 
 from kubeai.kube.errors import ApiError
-from kubeai.kube.resources import EVENTS, JOBS, MODELS, PVCS, Resource
+from kubeai.kube.resources import EVENTS, JOBS, MODELS, PVCS
 from kubeai.podspec.adapters import url_hash
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = [pytest.mark.timeout(150), pytest.mark.asyncio(loop_scope="module")]
 A, B = "hf://org/a", "hf://org/b"
-QUOTAS = Resource("", "v1", "resourcequotas", "ResourceQuota")
 
 
 REAL = pytest.param(
@@ -47,12 +47,21 @@ def whole_api(request, tmp_path_factory) -> Iterator[ApiServer]:
         yield server
 
 
-@pytest.fixture
-async def box(whole_api, tmp_path, monkeypatch) -> AsyncIterator[Machine]:
-    install_load(tmp_path / "bin", tmp_path / "gate")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-    async with machine(whole_api, tmp_path) as one:
-        yield one
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def one_machine(whole_api, tmp_path_factory) -> AsyncIterator[Machine]:
+    directory = tmp_path_factory.mktemp("machine")
+    install_load(directory / "bin", directory / "gate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(directory / "bin"), prepend=":")
+        async with machine(whole_api, directory) as one:
+            yield one
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def box(one_machine) -> AsyncIterator[Machine]:
+    """The module's machine, with nothing that another test left in it."""
+    yield one_machine
+    await one_machine.clear()
 
 
 def with_adapters(box: Machine, **urls: str):
@@ -181,6 +190,7 @@ async def test_failed_adapter_is_reported_and_the_model_serves(box):
 
 async def warned(box: Machine, reason: str):
     """A Warning about the Model."""
+    uid = (await box.kube.get(MODELS, "m"))["metadata"]["uid"]
 
     async def told():
         events, _ = await box.kube.list(EVENTS, box.namespace)
@@ -188,7 +198,7 @@ async def warned(box: Machine, reason: str):
             event["message"]
             for event in events
             if (event["type"], event["reason"]) == ("Warning", reason)
-            and event["involvedObject"]["name"] == "m"
+            and event["involvedObject"]["uid"] == uid
         ]
 
     return await until(f"an Event {reason}", told)

@@ -9,6 +9,7 @@ import sys
 import aiohttp
 import pytest
 import yaml
+from fakes import command_line
 from harness import chat, model, pods, running, until
 
 from kubeai.errors import install_hint
@@ -45,12 +46,12 @@ async def refused(tmp_path, *arguments):
     "arguments",
     [
         (),
-        pytest.param(("--helm-release", "r"), marks=pytest.mark.slow),
-        pytest.param(("--job", "j"), marks=pytest.mark.slow),
+        ("--helm-release", "r"),
+        ("--job", "j"),
     ],
 )
-async def test_uninstall_has_to_be_confirmed(arguments):
-    code, _, err = await kubeai("uninstall", *arguments)
+def test_uninstall_has_to_be_confirmed(arguments):
+    code, _, err = command_line.kubeai("uninstall", *arguments)
     assert code == 2
     assert err.strip() == (
         "error: uninstall deletes all Models of the namespace; confirm with --yes"
@@ -133,7 +134,7 @@ async def test_a_port_in_use_and_a_data_directory_in_use(tmp_path):
 
 async def test_ports_that_do_not_exist_and_a_data_directory_that_kubeconfig_cannot_name(tmp_path):
     for option in ("--port", "--api-port"):
-        code, _, err = await kubeai("local", option, "70000", "--data-dir", tmp_path)
+        code, _, err = command_line.kubeai("local", option, "70000", "--data-dir", tmp_path)
         assert code == 2
         assert option in err
     code, _, err = await kubeai("local", "--port", "0", "--data-dir", tmp_path / "a:b")

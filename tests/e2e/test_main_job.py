@@ -24,8 +24,8 @@ async def local(tmp_path):
         tmp_path,
         model("chat", args=ARGS, maxReplicas=2),
         model("text", engine="OLlama", args=ARGS),
-        model("vectors", engine="Infinity", features=("TextEmbedding",), args=ARGS),
-        model("ears", engine="FasterWhisper", features=("SpeechToText",), args=ARGS),
+        model("vectors", engine="Infinity", features=("TextEmbedding",)),
+        model("ears", engine="FasterWhisper", features=("SpeechToText",)),
         workers=2,
         config={"gateway": CONFIG["gateway"] | SOON},
     ) as local:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from datetime import UTC, datetime, timedelta
 
 import msgspec
@@ -45,6 +46,7 @@ CONFIG = parse_config("resourceProfiles: {cpu: {requests: {cpu: 1}}}")
 LABELS = {"features.kubeai.org/TextGeneration": "true"}
 
 
+@functools.cache
 def config(surge=1):
     return parse_config(
         f"resourceProfiles: {{cpu: {{requests: {{cpu: 1}}}}}}\nmodelRollouts: {{surge: {surge}}}"
