@@ -15,7 +15,6 @@ import signal
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
-import msgspec
 from aiohttp import web
 
 from kubeai._journal import Journal
@@ -25,19 +24,19 @@ from kubeai._prefix import PrefixIndex
 from kubeai._queue_table import QueueTable
 from kubeai.api.api_key import ApiKey
 from kubeai.api.config.system import SystemConfig
-from kubeai.brokers.streams import open_streams
-from kubeai.errors import ConfigError, KubeAIError
+from kubeai.errors import KubeAIError
 from kubeai.gateway.tracing import check_tracing
 from kubeai.kube.client import Kube
 from kubeai.logs import get_logger
 from kubeai.operator import Operator
 from kubeai.processes import Spawn, spawn_by_exec
-from kubeai.routing.channel import SETTINGS_MAX_BYTES, Down, Drain
+from kubeai.routing.channel import Down, Drain
 from kubeai.routing.key_publisher import KeyPublisher
 from kubeai.routing.keys import KeyDelta
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Route
 from kubeai.supervisor.cache_sizes import CacheSizes
+from kubeai.supervisor.checks import check_config
 from kubeai.supervisor.console.app import Console
 from kubeai.supervisor.console.state import Fleet, ModelSummary, Worker
 from kubeai.supervisor.console.traffic import Traffic
@@ -62,40 +61,6 @@ WORKERS_MAX = 63
 SWEEP_INTERVAL_S = 0.5
 # Between the drain timeout and SIGKILL.
 EXIT_GRACE_S = 5.0
-
-
-def check_streams(config: SystemConfig) -> None:
-    """ConfigError if the message streams cannot be served."""
-    if config.messaging.streams and config.external:
-        raise ConfigError(
-            "proxy.mode",
-            "external and messaging.streams exclude each other: KubeAI does not "
-            "know the loads of another gateway, nor may it scale the Models; remove one of them",
-        )
-    open_streams(config.messaging)
-
-
-def check_keys(config: SystemConfig) -> None:
-    """ConfigError if keys are required where KubeAI does not serve the requests."""
-    if config.gateway.keys.required and config.external:
-        raise ConfigError(
-            "gateway.keys.required",
-            "with proxy.mode external, another gateway serves the requests and KubeAI checks no "
-            "keys; remove it, and have that gateway check them",
-        )
-
-
-def check_settings(config: SystemConfig) -> None:
-    """ConfigError if what a process gets of the config does not fit into its environment."""
-    gateway = msgspec.json.encode(config.gateway)
-    messaging = msgspec.json.encode(config.messaging)
-    size_bytes = len(gateway) + len(messaging)
-    if size_bytes > SETTINGS_MAX_BYTES:
-        raise ConfigError(
-            "messaging.streams" if len(messaging) > len(gateway) else "gateway",
-            f"the sections gateway and messaging have {size_bytes >> 10} KiB together as JSON, at "
-            f"most {SETTINGS_MAX_BYTES >> 10} KiB are possible; shorten them",
-        )
 
 
 class Supervisor:
@@ -125,9 +90,7 @@ class Supervisor:
         workers_max = WORKERS_MAX - has_streams
         if not 1 <= workers <= workers_max:
             raise KubeAIError(f"--workers: {workers} is not between 1 and {workers_max}")
-        check_streams(config)
-        check_keys(config)
-        check_settings(config)
+        check_config(config)
         check_tracing()
         self.config = config
         columns = workers + has_streams

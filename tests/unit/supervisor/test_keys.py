@@ -12,8 +12,9 @@ from kubeai.errors import ConfigError
 from kubeai.routing.keys import KeyDelta, KeySnapshot
 from kubeai.routing.routes import Delta, Route, Snapshot
 from kubeai.supervisor import supervisor
+from kubeai.supervisor.checks import check_keys
 from kubeai.supervisor.listeners import is_loopback
-from kubeai.supervisor.supervisor import Supervisor, check_keys
+from kubeai.supervisor.supervisor import Supervisor
 
 CONFIG = """
 metricsAddr: 127.0.0.1:0

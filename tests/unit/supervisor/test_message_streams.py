@@ -6,8 +6,9 @@ from prometheus_client import CollectorRegistry
 from kubeai.api.config.system import parse_config
 from kubeai.errors import ConfigError, KubeAIError
 from kubeai.routing.channel import Side, StreamReport, Streams
+from kubeai.supervisor.checks import check_settings, check_streams
 from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
-from kubeai.supervisor.supervisor import WORKERS_MAX, Supervisor, check_settings, check_streams
+from kubeai.supervisor.supervisor import WORKERS_MAX, Supervisor
 
 UP, DOWN = Side(True, 1), Side(False, 1, "connection refused")
 CONFIG = """
