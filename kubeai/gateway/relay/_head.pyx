@@ -10,7 +10,7 @@ the cost of a request.)
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t
-from libc.string cimport memchr
+from libc.string cimport memchr, memmove
 
 from kubeai.gateway.relay._text cimport (
     Bytes,
@@ -166,7 +166,23 @@ cdef class Head:
 
     cdef int replace(self, bytes name, bytes value) except -1:
         """Set a header, instead of those of this name; ``name`` in lower case."""
-        self.drop({name})
+        cdef const char *at = self.text.at
+        cdef const char *end = at + self.text.size
+        cdef const char *next_line
+        cdef char *to = self.text.at  # what is kept moves here
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(name)
+        while at < end:
+            next_line = <const char *> memchr(at, c"\r", end - at) + 2
+            if not (
+                next_line - at > size + 2
+                and at[size] == c":"
+                and is_name(at, PyBytes_AS_STRING(name), size)
+            ):
+                if to != at:
+                    memmove(to, at, next_line - at)
+                to += next_line - at
+            at = next_line
+        self.text.size = to - self.text.at
         return text_add_header(&self.text, view(name), view(value))
 
     cdef int skip_body(self, bytes data) except -1:
