@@ -1,4 +1,4 @@
-"""Reports what API keys use to the supervisor, each second and when the worker ends."""
+"""Reports what API keys use to the supervisor, at intervals and when the worker ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kubeai.routing.usage import USAGE_INTERVAL_S, UsageReport
+from kubeai.routing.usage import (
+    USAGE_INTERVAL_MAX_S,
+    USAGE_INTERVAL_S,
+    USAGE_ROWS_PER_S,
+    UsageReport,
+)
 
 if TYPE_CHECKING:
     from kubeai.gateway._metering import Meter
@@ -20,11 +25,11 @@ class UsageReporter:
         self._send = send
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self) -> None:
-        """Report each USAGE_INTERVAL_S from now on."""
+    def start(self, rows: int = 0) -> None:
+        """Report at intervals from now on. ``rows``: of the last report."""
         if self._meter is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(USAGE_INTERVAL_S, self._tick)
+            interval_s = max(USAGE_INTERVAL_S, min(rows / USAGE_ROWS_PER_S, USAGE_INTERVAL_MAX_S))
+            self._timer = asyncio.get_running_loop().call_later(interval_s, self._tick)
 
     def close(self) -> None:
         """Send the last report. No request may end later."""
@@ -34,10 +39,10 @@ class UsageReporter:
         self._report()
 
     def _tick(self) -> None:
-        self._report()
-        self.start()
+        self.start(self._report())
 
-    def _report(self) -> None:
+    def _report(self) -> int:
         rows = () if self._meter is None else self._meter.take()
         if rows:
             self._send(UsageReport(rows))
+        return len(rows)
