@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from kubeai._shared_memory cimport SharedMemory
+from kubeai._shared_table cimport SharedTable, TableHeader
 
 cdef extern from *:
     """
@@ -27,15 +27,6 @@ cdef enum:
     INTERVAL_S = 10
     INTERVALS = 6  # a minute
     SLOTS = 7  # a minute and the interval that is leaving it
-
-
-cdef struct Header:
-    uint64_t magic
-    uint64_t version
-    uint64_t rows
-    uint64_t columns
-    uint64_t rows_used  # rows from this index on were never opened
-    uint64_t spare[3]
 
 
 cdef struct Cell:  # two cache lines: limits of tokens are rarer than the others
@@ -65,23 +56,20 @@ cdef double used_of(const Window *window, const Moment *moment) noexcept
 cdef double wait_s_for(const Window *window, const Moment *moment, double excess) noexcept
 
 
-cdef class KeyTable(SharedMemory):
-    cdef readonly int rows
-    cdef readonly int columns
-    cdef int _column
+cdef class KeyTable(SharedTable):
     cdef public object clock
-    cdef Header *header  # NULL once closed
+    cdef TableHeader *header  # NULL once closed
     cdef uint32_t *generations
     cdef uint32_t *stamps  # [columns][rows]: changes whenever a cell does
     cdef Cell *cells  # [rows][columns]
 
-    cdef void _lay_out(self, int rows, int columns) noexcept
-    cdef int _check_row(self, Py_ssize_t row) except -1
-    cdef int _check_writer(self) except -1
-    cdef int _check_column(self, int column) except -1
+    cdef void _lay_out(self) noexcept
     cdef double now_s(self) except? -1
     cdef bint lives(self, int row, uint32_t generation) noexcept
     cdef int64_t _in_flight(self, size_t row, int columns) noexcept
+    cdef void _read(
+        self, const uint64_t *slots, int columns, const Moment *moment, Window *window
+    ) noexcept
     cdef void read_requests(
         self, size_t row, int columns, const Moment *moment, Window *window
     ) noexcept

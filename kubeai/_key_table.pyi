@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple, final
 
-from kubeai._shared_memory import SharedMemory
+from kubeai._shared_table import SharedTable
 
 class Use(NamedTuple):
     """What a key has in flight, and has used within the last minute, rounded up."""
@@ -13,16 +13,13 @@ class Use(NamedTuple):
     tokens: int
 
 @final
-class KeyTable(SharedMemory):
+class KeyTable(SharedTable):
     """Rows × columns of counters in one memfd.
 
     A row is a key. Each column belongs to one worker process, its only writer; the last column
     belongs to the supervisor and holds what the other KubeAI replicas have counted.
     """
 
-    rows: int
-    columns: int  # workers + 1
-    column: int  # the column that this process writes; -1 in the supervisor
     clock: Callable[[], float] | None  # for tests; None: CLOCK_MONOTONIC
 
     @staticmethod

@@ -24,17 +24,15 @@ cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-import os
 from collections import namedtuple
 from math import ceil
 
 from kubeai._clock cimport now
 from kubeai._load cimport get_i64, get_u32, get_u64, put_i64, put_u32, put_u64
-from kubeai._shared_memory cimport SharedMemory, lines, read_header
+from kubeai._shared_memory cimport SharedMemory, lines
+from kubeai._shared_table cimport SharedTable, TableHeader, check_shape, read_table_header
 
 cdef enum:
-    ROWS_MAX = 1 << 20
-    WORKERS_MAX = 63
     LAYOUT_VERSION = 1
 
 cdef uint64_t MAGIC = 0x6B75626561694B54  # "kubeaiKT"
@@ -51,7 +49,7 @@ cdef struct Layout:
 
 cdef Layout _layout(size_t rows, size_t columns) noexcept:
     cdef Layout layout
-    layout.generations = lines(sizeof(Header))
+    layout.generations = lines(sizeof(TableHeader))
     layout.stamps = layout.generations + lines(rows * sizeof(uint32_t))
     layout.cells = layout.stamps + lines(columns * rows * sizeof(uint32_t))
     layout.end = layout.cells + rows * columns * sizeof(Cell)
@@ -85,55 +83,37 @@ cdef double wait_s_for(const Window *window, const Moment *moment, double excess
 
 
 @cython.final
-cdef class KeyTable(SharedMemory):
+cdef class KeyTable(SharedTable):
     """See the module and the stub."""
 
     def __init__(self):
         raise TypeError("use KeyTable.create or KeyTable.attach")
 
     def __cinit__(self):
-        self._column = -1
+        self.what = "key table"
 
     @staticmethod
     def create(int rows, int workers):
         """See the stub."""
-        if not 1 <= rows <= ROWS_MAX:
-            raise ValueError(f"rows must be 1 to {ROWS_MAX}, not {rows}")
-        if not 1 <= workers <= WORKERS_MAX:
-            raise ValueError(f"workers must be 1 to {WORKERS_MAX}, not {workers}")
+        check_shape(rows, workers)
         cdef KeyTable table = KeyTable.__new__(KeyTable)
-        table._create("kubeai-keys", _layout(rows, workers + 1).end)
-        table._lay_out(rows, workers + 1)
-        table.header.version = LAYOUT_VERSION
-        table.header.rows = rows
-        table.header.columns = workers + 1
-        table.header.magic = MAGIC
+        cdef size_t size = _layout(rows, workers + 1).end
+        table._create_table("kubeai-keys", rows, workers, size, MAGIC, LAYOUT_VERSION)
+        table._lay_out()
         return table
 
     @staticmethod
     def attach(int fd, int column):
         """See the stub."""
         cdef KeyTable table = KeyTable.__new__(KeyTable)
-        cdef size_t size = os.fstat(fd).st_size
-        cdef Header header
-        cdef bytes start = read_header(fd, "key table", sizeof(Header), MAGIC, LAYOUT_VERSION)
-        header = (<Header *> <const char *> start)[0]
-        if not (1 <= header.rows <= ROWS_MAX and 2 <= header.columns <= WORKERS_MAX + 1):
-            raise ValueError(f"key table has {header.rows} rows × {header.columns} columns")
-        if size != _layout(header.rows, header.columns).end:
-            raise ValueError(f"key table's size of {size} bytes does not match its header")
-        if not 0 <= column < <int> header.columns:
-            raise ValueError(f"column must be 0 to {header.columns - 1}, not {column}")
-        table._attach(fd, size)
-        table._lay_out(<int> header.rows, <int> header.columns)
-        table._column = column
+        cdef TableHeader header = read_table_header(fd, table.what, MAGIC, LAYOUT_VERSION)
+        table._attach_table(fd, column, &header, _layout(header.rows, header.columns).end)
+        table._lay_out()
         return table
 
-    cdef void _lay_out(self, int rows, int columns) noexcept:
-        cdef Layout layout = _layout(rows, columns)
-        self.rows = rows
-        self.columns = columns
-        self.header = <Header *> self.base
+    cdef void _lay_out(self) noexcept:
+        cdef Layout layout = _layout(self.rows, self.columns)
+        self.header = <TableHeader *> self.base
         self.generations = <uint32_t *> (self.base + layout.generations)
         self.stamps = <uint32_t *> (self.base + layout.stamps)
         self.cells = <Cell *> (self.base + layout.cells)
@@ -142,30 +122,6 @@ cdef class KeyTable(SharedMemory):
         """See the stub."""
         self.header = NULL
         SharedMemory.close(self)
-
-    @property
-    def column(self):
-        """The column that this process writes; -1 in the supervisor."""
-        return self._column
-
-    cdef int _check_row(self, Py_ssize_t row) except -1:
-        if self.header == NULL:
-            raise ValueError("the key table is closed")
-        if not 0 <= row < self.rows:
-            raise IndexError(f"row must be 0 to {self.rows - 1}, not {row}")
-        return 0
-
-    cdef int _check_writer(self) except -1:
-        if self._column < 0:
-            raise ValueError("this process has no column in the key table")
-        return 0
-
-    cdef int _check_column(self, int column) except -1:
-        if self.header == NULL:
-            raise ValueError("the key table is closed")
-        if not 0 <= column < self.columns:
-            raise IndexError(f"column must be 0 to {self.columns - 1}, not {column}")
-        return 0
 
     cdef double now_s(self) except? -1:
         return now() if self.clock is None else self.clock()
@@ -249,35 +205,33 @@ cdef class KeyTable(SharedMemory):
             total += get_i64(&cells[column].in_flight)
         return total
 
-    cdef void read_requests(
-        self, size_t row, int columns, const Moment *moment, Window *window
+    cdef void _read(
+        self, const uint64_t *slots, int columns, const Moment *moment, Window *window
     ) noexcept:
-        """Sum the requests of the last minute over the first ``columns``."""
-        cdef const Cell *cells = &self.cells[row * self.columns]
+        """Sum what was counted in the last minute over the first ``columns`` of a row.
+
+        ``slots``: those of the first column.
+        """
+        cdef size_t cell = sizeof(Cell) // sizeof(uint64_t)
         cdef int slot = <int> (moment.interval % SLOTS)
         cdef int age, column
         for age in range(SLOTS):
             window.counts[age] = 0
             for column in range(columns):
                 window.counts[age] += counted_in(
-                    get_u64(&cells[column].requests[slot]), moment.interval - age
+                    get_u64(&slots[column * cell + slot]), moment.interval - age
                 )
             slot = slot - 1 if slot else SLOTS - 1
+
+    cdef void read_requests(
+        self, size_t row, int columns, const Moment *moment, Window *window
+    ) noexcept:
+        self._read(self.cells[row * self.columns].requests, columns, moment, window)
 
     cdef void read_tokens(
         self, size_t row, int columns, const Moment *moment, Window *window
     ) noexcept:
-        """Sum the tokens of the last minute over the first ``columns``."""
-        cdef const Cell *cells = &self.cells[row * self.columns]
-        cdef int slot = <int> (moment.interval % SLOTS)
-        cdef int age, column
-        for age in range(SLOTS):
-            window.counts[age] = 0
-            for column in range(columns):
-                window.counts[age] += counted_in(
-                    get_u64(&cells[column].tokens[slot]), moment.interval - age
-                )
-            slot = slot - 1 if slot else SLOTS - 1
+        self._read(self.cells[row * self.columns].tokens, columns, moment, window)
 
     def _use(self, Py_ssize_t row, int columns):
         self._check_row(row)

@@ -6,7 +6,7 @@ value but no ordering. On x86-64 and arm64 they compile to plain aligned moves.
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
-from kubeai._shared_memory cimport SharedMemory
+from kubeai._shared_table cimport SharedTable
 
 cdef extern from *:
     """
@@ -191,10 +191,7 @@ cdef enum:  # what a worker counts of a model's tokens and picks; same order as 
     PICKS = 8  # a cache line
 
 
-cdef class LoadTable(SharedMemory):
-    cdef readonly int rows
-    cdef readonly int columns
-    cdef int _column
+cdef class LoadTable(SharedTable):
     cdef int stride  # cells per row of loads
     cdef Header *header  # NULL once closed
     cdef Column *column_headers
@@ -209,10 +206,7 @@ cdef class LoadTable(SharedMemory):
     cdef uint64_t *outcome_cells  # [columns][rows][OUTCOMES]
     cdef uint64_t *pick_cells  # [columns][rows of models][PICKS]
 
-    cdef void _lay_out(self, int rows, int columns) noexcept
-    cdef int _check_row(self, Py_ssize_t row) except -1
-    cdef int _check_writer(self) except -1
-    cdef int _check_column(self, int column) except -1
+    cdef void _lay_out(self) noexcept
     cdef int64_t _sum_columns(self, const int32_t *cells, Py_ssize_t row) noexcept
     cdef inline uint64_t _load(self, size_t row) noexcept:
         """A row's load over all columns."""

@@ -2,12 +2,12 @@
 
 from typing import Literal, final
 
-from kubeai._shared_memory import SharedMemory
+from kubeai._shared_table import SharedTable
 
 Kind = Literal["http", "message"]
 
 @final
-class LoadTable(SharedMemory):
+class LoadTable(SharedTable):
     """Rows × columns of counters in one memfd.
 
     A row is a model or an endpoint. Each column belongs to one worker process, its only writer;
@@ -15,9 +15,6 @@ class LoadTable(SharedMemory):
     A load is the sum of a row over all columns.
     """
 
-    rows: int
-    columns: int  # workers + 1
-    column: int  # the column that this process writes; -1 in the supervisor until set
     peers: int  # number of other KubeAI replicas that pick for the same models
     phase: int  # where this replica starts breaking ties; differs between replicas
 

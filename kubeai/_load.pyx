@@ -26,13 +26,10 @@ The supervisor creates the table; workers attach. ``_counts`` counts requests an
 cimport cython
 from libc.string cimport memset
 
-import os
-
-from kubeai._shared_memory cimport SharedMemory, lines, read_header
+from kubeai._shared_memory cimport SharedMemory, lines
+from kubeai._shared_table cimport SharedTable, TableHeader, check_shape, read_table_header
 
 cdef enum:
-    ROWS_MAX = 1 << 20
-    WORKERS_MAX = 63
     LAYOUT_VERSION = 8
 
 cdef uint64_t MAGIC = 0x6B75626561694C54  # "kubeaiLT"
@@ -117,30 +114,23 @@ cdef void approach(int64_t *settled, int64_t here, int steps) noexcept:
 
 
 @cython.final
-cdef class LoadTable(SharedMemory):
+cdef class LoadTable(SharedTable):
     """Rows × columns of counters in one memfd; see the module docstring."""
 
     def __init__(self):
         raise TypeError("use LoadTable.create or LoadTable.attach")
 
     def __cinit__(self):
-        self._column = -1
+        self.what = "load table"
 
     @staticmethod
     def create(int rows, int workers):
         """Create a table, all cells 0. ``rows`` ≤ 2^20, ``workers`` ≤ 63."""
-        if not 1 <= rows <= ROWS_MAX:
-            raise ValueError(f"rows must be 1 to {ROWS_MAX}, not {rows}")
-        if not 1 <= workers <= WORKERS_MAX:
-            raise ValueError(f"workers must be 1 to {WORKERS_MAX}, not {workers}")
+        check_shape(rows, workers)
         cdef LoadTable table = LoadTable.__new__(LoadTable)
         cdef size_t size = _layout(rows, workers + 1).end
-        table._create("kubeai-load", size)
-        table._lay_out(rows, workers + 1)
-        table.header.version = LAYOUT_VERSION
-        table.header.rows = rows
-        table.header.columns = workers + 1
-        table.header.magic = MAGIC
+        table._create_table("kubeai-load", rows, workers, size, MAGIC, LAYOUT_VERSION)
+        table._lay_out()
         return table
 
     @staticmethod
@@ -150,26 +140,14 @@ cdef class LoadTable(SharedMemory):
         The caller keeps ownership of the descriptor: ``close`` only unmaps.
         """
         cdef LoadTable table = LoadTable.__new__(LoadTable)
-        cdef size_t size = os.fstat(fd).st_size
-        cdef Header header
-        cdef bytes start = read_header(fd, "load table", sizeof(Header), MAGIC, LAYOUT_VERSION)
-        header = (<Header *> <const char *> start)[0]
-        if not (1 <= header.rows <= ROWS_MAX and 2 <= header.columns <= WORKERS_MAX + 1):
-            raise ValueError(f"load table has {header.rows} rows × {header.columns} columns")
-        if size != _layout(header.rows, header.columns).end:
-            raise ValueError(f"load table's size of {size} bytes does not match its header")
-        if not 0 <= column < <int> header.columns:
-            raise ValueError(f"column must be 0 to {header.columns - 1}, not {column}")
-        table._attach(fd, size)
-        table._lay_out(<int> header.rows, <int> header.columns)
-        table._column = column
+        cdef TableHeader header = read_table_header(fd, table.what, MAGIC, LAYOUT_VERSION)
+        table._attach_table(fd, column, &header, _layout(header.rows, header.columns).end)
+        table._lay_out()
         return table
 
-    cdef void _lay_out(self, int rows, int columns) noexcept:
-        cdef Layout layout = _layout(rows, columns)
+    cdef void _lay_out(self) noexcept:
+        cdef Layout layout = _layout(self.rows, self.columns)
         cdef char *base = self.base
-        self.rows = rows
-        self.columns = columns
         self.stride = layout.stride
         self.header = <Header *> base
         self.column_headers = <Column *> (base + layout.column_headers)
@@ -188,36 +166,6 @@ cdef class LoadTable(SharedMemory):
         """Unmap. Open counts stay in the table; releasing them later has no effect."""
         self.header = NULL
         SharedMemory.close(self)
-
-    @property
-    def column(self):
-        """The column that this process writes; -1 in the supervisor until it is set."""
-        return self._column
-
-    @column.setter
-    def column(self, int column):
-        if not -1 <= column < self.columns:
-            raise ValueError(f"column must be -1 to {self.columns - 1}, not {column}")
-        self._column = column
-
-    cdef int _check_row(self, Py_ssize_t row) except -1:
-        if self.header == NULL:
-            raise ValueError("the load table is closed")
-        if not 0 <= row < self.rows:
-            raise IndexError(f"row must be 0 to {self.rows - 1}, not {row}")
-        return 0
-
-    cdef int _check_writer(self) except -1:
-        if self._column < 0:
-            raise ValueError("this process has no column in the load table")
-        return 0
-
-    cdef int _check_column(self, int column) except -1:
-        if self.header == NULL:
-            raise ValueError("the load table is closed")
-        if not 0 <= column < self.columns:
-            raise IndexError(f"column must be 0 to {self.columns - 1}, not {column}")
-        return 0
 
     # -- rows: supervisor only ---------------------------------------------------------------
 

@@ -3,23 +3,13 @@
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from kubeai._load cimport get_u64
-from kubeai._shared_memory cimport SharedMemory
+from kubeai._shared_table cimport WORKERS_MAX, SharedTable
 
 
 cdef enum:
     CLASSES = 3  # of priorities: below 0, 0, above 0
     WAIT_BUCKETS = 5
-    WORKERS_MAX = 63
     TAG_BITS = 48
-
-
-cdef struct Header:
-    uint64_t magic
-    uint64_t version
-    uint64_t rows
-    uint64_t columns
-    uint64_t rows_used  # rows from this index on were never opened
-    uint64_t spare[3]
 
 
 cdef struct Waits:  # of one model in one worker; three cache lines
@@ -30,10 +20,7 @@ cdef struct Waits:  # of one model in one worker; three cache lines
     uint64_t spare[3]
 
 
-cdef class QueueTable(SharedMemory):
-    cdef readonly int rows
-    cdef readonly int columns  # one for each worker, and one for the other replicas
-    cdef int _column
+cdef class QueueTable(SharedTable):
     cdef int stride  # cells per row of heads and accounts
     cdef uint64_t *head_cells  # [rows][stride]
     cdef uint64_t *account_cells  # [ACCOUNTS][stride]
@@ -41,9 +28,7 @@ cdef class QueueTable(SharedMemory):
     cdef int[WORKERS_MAX] wake_fd_of
     cdef bint _owns_wake_fds
 
-    cdef void _lay_out(self, int rows, int columns) noexcept
-    cdef int _check_row(self, Py_ssize_t row) except -1
-    cdef int _check_writer(self) except -1
+    cdef void _lay_out(self) noexcept
     cdef Waits *_own(self, Py_ssize_t row) noexcept
     cdef uint64_t _round(self, Py_ssize_t row) noexcept
     cdef uint64_t _account_of(

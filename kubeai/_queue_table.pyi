@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import final
 
-from kubeai._shared_memory import SharedMemory
+from kubeai._shared_table import SharedTable
 
 WAIT_BUCKETS_S: tuple[float, ...]  # upper bounds of the buckets of waits; one more is unbounded
 CLASS_NAMES: tuple[str, ...]  # of priorities: below 0, 0, above 0
@@ -11,14 +11,12 @@ WORK_MAX_TOKENS: int  # a request counts as at most this much work
 PRIORITY_MAX: int  # priorities are -PRIORITY_MAX to PRIORITY_MAX
 
 @final
-class QueueTable(SharedMemory):
+class QueueTable(SharedTable):
     """Rows are those of the load table's models.
 
     There is one column for each worker, and a last one for the other replicas.
     """
 
-    rows: int
-    columns: int
 
     @staticmethod
     def create(rows: int, workers: int) -> QueueTable:
@@ -33,11 +31,6 @@ class QueueTable(SharedMemory):
         The caller keeps ownership of the descriptors. ``wake_fds``: those of the creator; without
         them this process wakes no other.
         """
-    @property
-    def column(self) -> int:
-        """The column that this process writes; -1 in the supervisor."""
-    @column.setter
-    def column(self, column: int) -> None: ...
     @property
     def wake_fds(self) -> tuple[int, ...]:
         """The eventfd of each worker, by column; -1: none."""

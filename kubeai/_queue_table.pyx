@@ -33,11 +33,17 @@ from libc.string cimport memset
 import os
 
 from kubeai._load cimport count, get_u32, get_u64, put_u32, put_u64
-from kubeai._shared_memory cimport SharedMemory, lines, read_header
+from kubeai._shared_memory cimport SharedMemory, lines
+from kubeai._shared_table cimport (
+    WORKERS_MAX,
+    SharedTable,
+    TableHeader,
+    check_shape,
+    read_table_header,
+)
 
 cdef enum:
     LAYOUT_VERSION = 1
-    ROWS_MAX = 1 << 20
     ACCOUNTS = 4096
     _LEAD_MAX_TOKENS = 1 << 21
     _PRIORITY_MAX = 1000  # and at least -1000
@@ -67,7 +73,7 @@ cdef Layout _layout(size_t rows, size_t columns) noexcept:
     while stride < columns:  # a row of up to 8 columns never straddles two cache lines
         stride *= 2
     layout.stride = <int> stride
-    layout.heads = lines(sizeof(Header))
+    layout.heads = lines(sizeof(TableHeader))
     layout.accounts = layout.heads + lines(rows * stride * sizeof(uint64_t))
     layout.waits = layout.accounts + lines(ACCOUNTS * stride * sizeof(uint64_t))
     layout.end = layout.waits + lines(columns * rows * sizeof(Waits))
@@ -85,7 +91,7 @@ cdef inline uint64_t head_of(int priority, uint64_t start) noexcept:
 
 
 @cython.final
-cdef class QueueTable(SharedMemory):
+cdef class QueueTable(SharedTable):
     """See the module docstring."""
 
     def __init__(self):
@@ -93,7 +99,8 @@ cdef class QueueTable(SharedMemory):
 
     def __cinit__(self):
         cdef int column
-        self._column = -1
+        self.what = "queue table"
+        self.shared_columns = 1  # the other replicas'
         for column in range(WORKERS_MAX):
             self.wake_fd_of[column] = -1
 
@@ -101,18 +108,11 @@ cdef class QueueTable(SharedMemory):
     def create(int rows, int workers):
         """See the stub."""
         cdef int column
-        if not 1 <= rows <= ROWS_MAX:
-            raise ValueError(f"rows must be 1 to {ROWS_MAX}, not {rows}")
-        if not 1 <= workers <= WORKERS_MAX:
-            raise ValueError(f"workers must be 1 to {WORKERS_MAX}, not {workers}")
+        check_shape(rows, workers)
         cdef QueueTable table = QueueTable.__new__(QueueTable)
-        table._create("kubeai-queues", _layout(rows, workers + 1).end)
-        table._lay_out(rows, workers + 1)
-        cdef Header *header = <Header *> table.base
-        header.version = LAYOUT_VERSION
-        header.rows = rows
-        header.columns = workers + 1
-        header.magic = MAGIC
+        cdef size_t size = _layout(rows, workers + 1).end
+        table._create_table("kubeai-queues", rows, workers, size, MAGIC, LAYOUT_VERSION)
+        table._lay_out()
         table._owns_wake_fds = True
         for column in range(workers):
             table.wake_fd_of[column] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -122,29 +122,17 @@ cdef class QueueTable(SharedMemory):
     def attach(int fd, int column, wake_fds=()):
         """See the stub."""
         cdef QueueTable table = QueueTable.__new__(QueueTable)
-        cdef size_t size = os.fstat(fd).st_size
-        cdef Header header
-        cdef bytes start = read_header(fd, "queue table", sizeof(Header), MAGIC, LAYOUT_VERSION)
-        header = (<Header *> <const char *> start)[0]
-        if not (1 <= header.rows <= ROWS_MAX and 2 <= header.columns <= WORKERS_MAX + 1):
-            raise ValueError(f"queue table has {header.rows} rows × {header.columns} columns")
-        if size != _layout(header.rows, header.columns).end:
-            raise ValueError(f"queue table's size of {size} bytes does not match its header")
-        if not 0 <= column < <int> header.columns - 1:
-            raise ValueError(f"column must be 0 to {header.columns - 2}, not {column}")
+        cdef TableHeader header = read_table_header(fd, table.what, MAGIC, LAYOUT_VERSION)
         if wake_fds and len(wake_fds) != <int> header.columns - 1:
             raise ValueError(f"{len(wake_fds)} wake descriptors for {header.columns - 1} workers")
-        table._attach(fd, size)
-        table._lay_out(<int> header.rows, <int> header.columns)
-        table._column = column
+        table._attach_table(fd, column, &header, _layout(header.rows, header.columns).end)
+        table._lay_out()
         for at, wake_fd in enumerate(wake_fds):
             table.wake_fd_of[<int> at] = wake_fd
         return table
 
-    cdef void _lay_out(self, int rows, int columns) noexcept:
-        cdef Layout layout = _layout(rows, columns)
-        self.rows = rows
-        self.columns = columns
+    cdef void _lay_out(self) noexcept:
+        cdef Layout layout = _layout(self.rows, self.columns)
         self.stride = layout.stride
         self.head_cells = <uint64_t *> (self.base + layout.heads)
         self.account_cells = <uint64_t *> (self.base + layout.accounts)
@@ -168,29 +156,6 @@ cdef class QueueTable(SharedMemory):
                 if self.wake_fd_of[column] >= 0:
                     close_fd(self.wake_fd_of[column])
 
-    cdef int _check_row(self, Py_ssize_t row) except -1:
-        if self.base == NULL:
-            raise ValueError("the queue table is closed")
-        if not 0 <= row < self.rows:
-            raise IndexError(f"row must be 0 to {self.rows - 1}, not {row}")
-        return 0
-
-    cdef int _check_writer(self) except -1:
-        if self._column < 0:
-            raise ValueError("this process has no column in the queue table")
-        return 0
-
-    @property
-    def column(self):
-        """See the stub."""
-        return self._column
-
-    @column.setter
-    def column(self, int column):
-        if not -1 <= column < self.columns - 1:
-            raise ValueError(f"column must be -1 to {self.columns - 2}, not {column}")
-        self._column = column
-
     @property
     def wake_fds(self):
         """See the stub."""
@@ -201,7 +166,7 @@ cdef class QueueTable(SharedMemory):
     def open_row(self, Py_ssize_t row):
         """See the stub."""
         cdef size_t column
-        cdef Header *header = <Header *> self.base
+        cdef TableHeader *header = <TableHeader *> self.base
         self._check_row(row)
         if header.rows_used < <uint64_t> row + 1:  # never opened: its cells are 0
             header.rows_used = row + 1
@@ -214,10 +179,8 @@ cdef class QueueTable(SharedMemory):
         """See the stub."""
         cdef Py_ssize_t row
         cdef Waits *waits
-        self._check_row(0)
-        if not 0 <= column < self.columns:
-            raise IndexError(f"column must be 0 to {self.columns - 1}, not {column}")
-        for row in range(<Py_ssize_t> (<Header *> self.base).rows_used):
+        self._check_column(column)
+        for row in range(<Py_ssize_t> (<TableHeader *> self.base).rows_used):
             put_u64(&self.head_cells[row * self.stride + column], 0)
             waits = &self.waits[<size_t> column * self.rows + row]
             memset(waits.waiting, 0, sizeof(waits.waiting))
@@ -251,7 +214,7 @@ cdef class QueueTable(SharedMemory):
         cdef uint64_t head
         cdef dict firsts = {}
         self._check_row(0)
-        for row in range(<Py_ssize_t> (<Header *> self.base).rows_used):
+        for row in range(<Py_ssize_t> (<TableHeader *> self.base).rows_used):
             best = self._best(row, self.columns - 1, 0)
             if best >= 0:
                 head = get_u64(&self.head_cells[row * self.stride + best])
