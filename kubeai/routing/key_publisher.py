@@ -6,32 +6,14 @@ sequence of the routing table, so that workers acknowledge routes and keys toget
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Collection, Iterable
-from typing import Protocol
 
 from msgspec.structs import asdict
 
 from kubeai.api.api_key import ApiKey
 from kubeai.errors import KubeAIError
 from kubeai.routing.keys import KeyDelta, KeyRecord, KeySnapshot
-
-
-class RowTable(Protocol):
-    """What the publisher needs of the key table."""
-
-    @property
-    def rows(self) -> int:
-        """The number of rows."""
-        ...
-
-    def open_row(self, row: int) -> int:
-        """Give a row to another key, and return its new generation."""
-        ...
-
-    def row_is_zero(self, row: int) -> bool:
-        """Whether no request is counted as in flight in a row."""
-        ...
+from kubeai.routing.rows import Rows, RowTable
 
 
 class KeyPublisher:
@@ -47,9 +29,7 @@ class KeyPublisher:
         self._table = table
         self._advance = advance
         self._keys: dict[str, KeyRecord] = {}
-        self._unused = 0  # the first row that never had a key
-        self._free: list[int] = []  # a heap: low rows first, so that sweeps stay short
-        self._dropped: list[tuple[int, int]] = []  # (row, version that dropped it)
+        self._rows = Rows(table)
         self._waiting: dict[str, ApiKey] = {}  # by Secret, in order: keys without a row
         self.rows: dict[str, tuple[int, int]] = {}  # row and generation, by Secret of a key
         self.owners: dict[int, str] = {}  # the Secret, by row in use
@@ -69,7 +49,7 @@ class KeyPublisher:
                 return None
             del self._keys[name], self.rows[name]
             version = self._advance()
-            self._dropped.append((old.row, version))
+            self._rows.drop(old.row, version)
             return KeyDelta(version, name, None)
         try:
             row, generation = (old.row, old.generation) if old is not None else self._open_row()
@@ -98,29 +78,15 @@ class KeyPublisher:
         ``acknowledged``: the version that each live worker has applied; ``version``: the last one
         assigned. Returns the changes, in order.
         """
-        if not self._dropped:
-            return []
-        safe = min(acknowledged, default=version)
-        waiting = []
-        for row, dropped in self._dropped:
-            if dropped <= safe and self._table.row_is_zero(row):
-                heapq.heappush(self._free, row)
-                del self.owners[row]
-            else:
-                waiting.append((row, dropped))
-        self._dropped = waiting
-        ready = list(self._waiting.items())[: len(self._free)]
+        for row in self._rows.reclaim(acknowledged, version):
+            del self.owners[row]
+        ready = list(self._waiting.items())[: self._rows.room]
         return [delta for name, key in ready if (delta := self.update(name, key)) is not None]
 
     def _open_row(self) -> tuple[int, int]:
-        if self._free:
-            row = heapq.heappop(self._free)
-        elif self._unused < self._table.rows:
-            row = self._unused
-            self._unused += 1
-        else:
+        if not self._rows.room:
             raise KubeAIError(
-                f"the key table is full: of {self._table.rows} rows, {len(self._dropped)} belong "
+                f"the key table is full: of {self._table.rows} rows, {self._rows.dropped} belong "
                 "to removed keys that workers may still use"
             )
-        return row, self._table.open_row(row)
+        return self._rows.open()

@@ -7,7 +7,6 @@ version v.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable
 
 import msgspec
@@ -18,6 +17,7 @@ from kubeai._prefix import PrefixIndex
 from kubeai._queue_table import QueueTable
 from kubeai.errors import KubeAIError
 from kubeai.routing.routes import Delta, Route, Snapshot
+from kubeai.routing.rows import Rows
 
 # What an engine's cache is believed to hold. Blocks that it evicts earlier cost a worse pick.
 CACHE_TOKENS = 200_000
@@ -49,9 +49,7 @@ class Publisher:
         self._index = index
         self._queues = queues
         self._routes: dict[str, Route] = {}
-        self._unused = 0  # the first row that never had an owner
-        self._free: list[int] = []  # a heap: low rows first, so that sweeps stay short
-        self._dropped: list[tuple[int, int]] = []  # (row, version that dropped it)
+        self._rows = Rows(table)
         self.owners: dict[int, Owner] = {}  # by row in use
         self.rows_of: dict[Owner, set[int]] = {}  # two rows for an endpoint that was added again
 
@@ -74,7 +72,7 @@ class Publisher:
         self.version += 1
         for row in _rows(old) - _rows(new):
             self._table.set_peers(row, self._table.generation(row), 0)
-            self._dropped.append((row, self.version))
+            self._rows.drop(row, self.version)
         return Delta(self.version, model, new)
 
     def advance(self) -> int:
@@ -91,21 +89,13 @@ class Publisher:
 
         ``acknowledged``: the version that each live worker has applied.
         """
-        if not self._dropped:
-            return []
-        safe = min(acknowledged, default=self.version)
-        waiting, freed = [], []
-        for row, version in self._dropped:
-            if version <= safe and self._table.row_is_zero(row):
-                heapq.heappush(self._free, row)
-                owner = self.owners.pop(row)
-                freed.append(owner)
-                self.rows_of[owner].remove(row)
-                if not self.rows_of[owner]:
-                    del self.rows_of[owner]
-            else:
-                waiting.append((row, version))
-        self._dropped = waiting
+        freed = []
+        for row in self._rows.reclaim(acknowledged, self.version):
+            owner = self.owners.pop(row)
+            freed.append(owner)
+            self.rows_of[owner].remove(row)
+            if not self.rows_of[owner]:
+                del self.rows_of[owner]
         return freed
 
     def models(self) -> list[str]:
@@ -155,19 +145,15 @@ class Publisher:
 
     def _open_rows(self, count: int) -> list[tuple[int, int]]:
         """Open ``count`` rows and return them with their generations; KubeAIError if too few."""
-        if count > len(self._free) + self._table.rows - self._unused:
+        if count > self._rows.room:
             raise KubeAIError(
-                f"the load table is full: of {self._table.rows} rows, {len(self._dropped)} belong "
+                f"the load table is full: of {self._table.rows} rows, {self._rows.dropped} belong "
                 "to removed models or endpoints that workers may still use"
             )
         opened = []
         for _ in range(count):
-            if self._free:
-                row = heapq.heappop(self._free)
-            else:
-                row = self._unused
-                self._unused += 1
-            opened.append((row, self._table.open_row(row)))
+            row, generation = self._rows.open()
+            opened.append((row, generation))
             if self._queues is not None:
                 self._queues.open_row(row)
             if self._index is not None:
