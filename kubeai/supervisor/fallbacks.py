@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 
 from prometheus_client.core import CounterMetricFamily, Metric
-from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from kubeai.routing.channel import FallbackReason, FallbackReport
+from kubeai.supervisor.scraped import Scraped
 
 
-class FallbackMetrics(Collector):
+class FallbackMetrics(Scraped):
     """See the module. ``models``: the names of all Models; counts of others are dropped."""
 
     def __init__(self, models: Callable[[], Collection[str]]) -> None:
@@ -27,10 +27,6 @@ class FallbackMetrics(Collector):
         """Take in a process's report."""
         for one in report.counts:
             self._counts[one.model, one.fallback, one.reason] += one.count
-
-    def describe(self) -> Iterable[Metric]:
-        """No metrics. Without this method, the registry collects once during registration."""
-        return ()
 
     @override
     def collect(self) -> Iterable[Metric]:

@@ -8,23 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from kubeai._key_table import KeyTable
 from kubeai.supervisor.peers.key_uses import KeyRows
+from kubeai.supervisor.scraped import Scraped
 
 
-class KeyLimits(Collector):
+class KeyLimits(Scraped):
     """The key table's cells as metric families, by the name of the key's Secret."""
 
     def __init__(self, table: KeyTable, keys: KeyRows) -> None:
         self._table = table
         self._keys = keys
-
-    def describe(self) -> Iterable[Metric]:
-        """No metrics. Without this method, the registry collects once during registration."""
-        return ()
 
     @override
     def collect(self) -> Iterable[Metric]:

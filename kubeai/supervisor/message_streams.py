@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from kubeai.api.config.system import Messaging
 from kubeai.brokers.urls import public_url
 from kubeai.routing.channel import OUTCOMES, Side, StreamReport, Streams
+from kubeai.supervisor.scraped import Scraped
 
 # A messenger that reports nothing for this long is killed: its event loop hangs.
 SILENCE_MAX_S = 60.0
@@ -31,7 +31,7 @@ _COUNTERS = {
 }
 
 
-class MessageStreams(Collector):
+class MessageStreams(Scraped):
     """See the module. ``clock``: seconds, monotonic."""
 
     def __init__(self, messaging: Messaging, clock: Callable[[], float] = time.monotonic) -> None:
@@ -71,10 +71,6 @@ class MessageStreams(Collector):
             for name, side in zip(_SIDES, (report.requests, report.responses), strict=True)
             if not side.connected
         ]
-
-    def describe(self) -> Iterable[Metric]:
-        """No metrics. Without this method, the registry collects once during registration."""
-        return ()
 
     @override
     def collect(self) -> Iterable[Metric]:

@@ -33,6 +33,7 @@ from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import RequestType, Route
 from kubeai.supervisor.fallbacks import FallbackMetrics
 from kubeai.supervisor.queue_metrics import QueueCollector
+from kubeai.supervisor.scraped import Scraped
 from kubeai.supervisor.usage.metrics import UsageCollector
 
 REQUESTS = "kubeai_inference_requests"
@@ -86,7 +87,7 @@ class Metrics:
         return body, content_type
 
 
-class LoadCollector(Collector):
+class LoadCollector(Scraped):
     """The load table's cells as metric families. Arguments: see :class:`Metrics`."""
 
     def __init__(
@@ -98,10 +99,6 @@ class LoadCollector(Collector):
         self._table = table
         self._publisher = publisher
         self._peers = peers
-
-    def describe(self) -> Iterable[Metric]:
-        """No metrics. Without this method, the registry collects once during registration."""
-        return ()
 
     @override
     def collect(self) -> Iterable[Metric]:

@@ -6,25 +6,21 @@ from collections.abc import Iterable
 from itertools import accumulate
 
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from kubeai._queue_table import CLASS_NAMES, WAIT_BUCKETS_S, QueueTable
 from kubeai.routing.publisher import Publisher
+from kubeai.supervisor.scraped import Scraped
 
 _BOUNDS = [*map(str, WAIT_BUCKETS_S), "+Inf"]
 
 
-class QueueCollector(Collector):
+class QueueCollector(Scraped):
     """The queue table's counts as metric families, by class of priority."""
 
     def __init__(self, queues: QueueTable, publisher: Publisher) -> None:
         self._queues = queues
         self._publisher = publisher
-
-    def describe(self) -> Iterable[Metric]:
-        """No metrics. Without this method, the registry collects once during registration."""
-        return ()
 
     @override
     def collect(self) -> Iterable[Metric]:

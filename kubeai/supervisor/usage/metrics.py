@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
+from kubeai.supervisor.scraped import Scraped
 from kubeai.supervisor.usage.ledger import UsageLedger
 
 _LABELS = ("key", "tenant", "model")
@@ -46,16 +47,12 @@ class UsageCollector:
         return _Frozen(rows, self._failures())
 
 
-class _Frozen(Collector):
+class _Frozen(Scraped):
     """``rows``: the labels, then the values of the families."""
 
     def __init__(self, rows: Sequence[tuple[Any, ...]], failures: int) -> None:
         self._rows = rows
         self._failures = failures
-
-    def describe(self) -> Iterable[Metric]:
-        """No metrics. Without this method, the registry collects once during registration."""
-        return ()
 
     @override
     def collect(self) -> Iterable[Metric]:
