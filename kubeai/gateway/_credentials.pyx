@@ -26,7 +26,7 @@ from kubeai._clock cimport wall_s
 from kubeai._fingerprint cimport Fingerprint, fingerprint_of, is_same_fingerprint
 from kubeai._keys cimport Key
 from kubeai.gateway.relay._request_head cimport RequestHead
-from kubeai.gateway.relay._text cimport Bytes, Text, is_name, text_add, view
+from kubeai.gateway.relay._text cimport Bytes, Text, is_name, strip, text_add, view
 
 # CPython's own SHA-256: OpenSSL's takes 0.8 µs for 48 bytes, most of it to set up; this one 0.3 µs.
 try:
@@ -64,14 +64,6 @@ cdef inline int source_of(const char *line, Py_ssize_t size) noexcept:
     if size > 7 and line[7] == c":" and is_name(line, b"api-key", 7):
         return API_KEY
     return 0
-
-
-cdef inline void strip(Bytes *value) noexcept:
-    while value.size and (value.at[0] == c" " or value.at[0] == c"\t"):
-        value.at += 1
-        value.size -= 1
-    while value.size and (value.at[value.size - 1] == c" " or value.at[value.size - 1] == c"\t"):
-        value.size -= 1
 
 
 cdef bint take_scheme(Bytes *value) noexcept:

@@ -238,8 +238,7 @@ cdef class FastPath(EarlyStream):
             return 0
         if request.is_renamed:
             self._payload = request.with_model(engines_json(request))
-            self.renaming = renaming_of(request)
-            self.set_header(b"accept-encoding", b"identity")  # a compressed one cannot be read
+            self._name_response(request)
         self._admission = admit(
             picker.ring.table, picker.ring.row, picker.ring.generation, context.request_type
         )
@@ -247,6 +246,12 @@ cdef class FastPath(EarlyStream):
             self.note_candidates()
         self._place(picker.pick_new(self._prompt, None, tenant_of(self._key)))
         return 0
+
+    cpdef _name_response(self, InferenceRequest request):
+        """Have the response name the model as the request does."""
+        self.renaming = renaming_of(request)
+        if self.renaming is not None:  # a compressed response cannot be read
+            self.set_header(b"accept-encoding", b"identity")
 
     cdef bint _is_within_limits(self) except -1:
         try:

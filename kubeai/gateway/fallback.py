@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, cast
 
 from typing_extensions import override
 
-from kubeai.gateway._names import bucket_of, prompt_id, renaming_of
+from kubeai.gateway._names import bucket_of, prompt_id
 from kubeai.gateway.attempts import AdmittedRequest
 from kubeai.gateway.engine_routes import can_replace
 from kubeai.gateway.holding import CANNOT_START, UNAVAILABLE
@@ -139,7 +139,7 @@ class FallbackRequest(AdmittedRequest):
             return routed
         self._asked = routed
         request.serve_as(route.canary, request.adapter)
-        self.add_response_header(ANSWERED_BY, route.canary.encode())
+        self._say_who(route.canary)
         return canary
 
     def _substitutes(self, asked: Route) -> list[RoutedModel]:
@@ -413,12 +413,6 @@ class FallbackRequest(AdmittedRequest):
             self._path = f"{self._kind.value}?{engines_query(query, self._request)}".encode(
                 "latin-1"
             )
-
-    def _name_response(self, request: InferenceRequest) -> None:
-        """Have the response name the model as the request does."""
-        self.renaming = renaming_of(request)
-        if self.renaming is not None:  # a compressed response cannot be read
-            self.set_header(b"accept-encoding", b"identity")
 
     def _say_who(self, name: str) -> None:
         asked = self._asked

@@ -35,7 +35,7 @@ from kubeai.gateway.console import (
     wants_page,
 )
 from kubeai.gateway.denials import AUDITED, COOKIE, check_model
-from kubeai.gateway.fallback import ANSWERED_BY, FallbackRequest
+from kubeai.gateway.fallback import FallbackRequest
 from kubeai.gateway.internal_headers import DENIED_HEADER, KEY_HEADER
 from kubeai.gateway.keys import HEALTH_PATHS
 from kubeai.gateway.observation import request_end, request_start
@@ -315,9 +315,8 @@ class Proxy(FallbackRequest):
         if name != request.name:
             self._asked = asked
             request.serve_as(name)
-            self._payload = request.with_model(openai.json_string(name))
-            self.drop_header(b"content-encoding")
-            self.add_response_header(ANSWERED_BY, name.encode())
+            self._rename()
+            self._say_who(name)
         return owner.endpoint
 
     def _admit(

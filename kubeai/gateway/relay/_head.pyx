@@ -17,6 +17,7 @@ from kubeai.gateway.relay._text cimport (
     is_name,
     is_value,
     put,
+    strip,
     text_add,
     text_add_header,
     text_free,
@@ -53,15 +54,6 @@ cdef Py_ssize_t find_head_end(Scan *scan, const char *data, Py_ssize_t size) noe
                 return -1
             scan.lines += 1
         scan.line = end + 1
-
-
-cdef inline void strip(Bytes *value) noexcept:
-    """Strip spaces and tabs from both ends."""
-    while value.size and (value.at[0] == c" " or value.at[0] == c"\t"):
-        value.at += 1
-        value.size -= 1
-    while value.size and (value.at[value.size - 1] == c" " or value.at[value.size - 1] == c"\t"):
-        value.size -= 1
 
 
 cdef HeaderKind header_kind(Bytes header) noexcept:

@@ -70,6 +70,15 @@ cdef inline bint is_value(Bytes value, const char *lower, Py_ssize_t size) noexc
     return value.size == size and is_name(value.at, lower, size)
 
 
+cdef inline void strip(Bytes *value) noexcept:
+    """Strip spaces and tabs from both ends."""
+    while value.size and (value.at[0] == c" " or value.at[0] == c"\t"):
+        value.at += 1
+        value.size -= 1
+    while value.size and (value.at[value.size - 1] == c" " or value.at[value.size - 1] == c"\t"):
+        value.size -= 1
+
+
 # -- growing text ----------------------------------------------------------------------------------
 
 cdef inline int text_grow(Text *text, Py_ssize_t size) except -1:
