@@ -112,6 +112,16 @@ ALL_ON = {
 }
 
 
+def rights_of(role: dict[str, Any]) -> set[str]:
+    """What a Role allows, such as "secrets list"."""
+    return {
+        f"{resource} {verb}"
+        for rule in role["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
 @pytest.fixture
 def helm(tmp_path) -> Helm:
     return Helm(tmp_path)
@@ -267,12 +277,7 @@ def test_the_console_is_off_by_default_and_gets_only_the_rights_that_it_uses(hel
     assert parse_config(config_of(rendered)).gateway.ui.enabled
     role, binding = of_console(rendered)
     assert (role["kind"], binding["kind"]) == ("Role", "RoleBinding")
-    rights = {
-        f"{resource} {verb}"
-        for rule in role["rules"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }
+    rights = rights_of(role)
     assert rights == CONSOLE_NEEDS.keys()
     for right, (function, call) in CONSOLE_NEEDS.items():
         source = re.sub(r"\s", "", inspect.getsource(function))
@@ -302,12 +307,7 @@ def test_secrets_may_be_read_only_if_keys_are_required(helm, value):
     assert parse_config(config_of(rendered)).gateway.keys.required
     role, binding = of_keys(rendered)
     assert (role["kind"], binding["kind"]) == ("Role", "RoleBinding")
-    rights = {
-        f"{resource} {verb}"
-        for rule in role["rules"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }
+    rights = rights_of(role)
     assert rights == KEYS_NEED.keys()
     for right, (function, call) in KEYS_NEED.items():
         assert call in re.sub(r"\s", "", inspect.getsource(function)), right

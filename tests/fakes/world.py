@@ -3,9 +3,10 @@
 import asyncio
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 from fakes.wire import Engine, Script, Wire, connect, until
@@ -177,3 +178,17 @@ class World:
 
 def unique(prefix: str = "m") -> str:
     return f"{prefix}-{uuid.uuid4().hex[:6]}"
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Callable[..., Awaitable[World]]]:
+    """Starts Worlds, which are closed when the test has ended."""
+    worlds = []
+
+    async def start(**config: Any) -> World:
+        worlds.append(await World.start(**config))
+        return worlds[-1]
+
+    yield start
+    for world in worlds:
+        await world.close()

@@ -6,18 +6,15 @@ from typing import Any
 
 import pytest
 import uvloop
-from fakes.api_keys import stored_id
+from fakes.api_keys import REQUIRED, stored_id
 from fakes.chats import CHAT, ask, failing, hang, lose
 from fakes.limited_keys import Clock, Rows, bearer, digest_of, key_for
 from fakes.wire import CHUNKED, Message, Wire, answer, chunk, post, says, until
 from fakes.world import World
 
 from kubeai._key_table import KeyTable, Use
-from kubeai._keys import Key
 from kubeai._prompt import Prompt
-from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway._key_limits import OUTPUT_TOKENS, expected_tokens
-from kubeai.gateway._metering import Meter
 from kubeai.openai import request as openai
 from kubeai.openai.routes import Kind
 
@@ -27,17 +24,6 @@ FORM = (
     b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nRIFF\r\n--b--\r\n'
 )
 USAGE = b'{"choices":[{"text":"x"}],"usage":{"prompt_tokens":%d,"completion_tokens":%d}}'
-
-
-class Recognise:
-    """Gives each request the key in its header, before anything else is done with it."""
-
-    def __init__(self, keys: dict[bytes, Key]) -> None:
-        self._keys = keys
-
-    def apply(self, request: FastPath) -> None:
-        for value in request.headers(b"authorization"):
-            request._key = self._keys.get(digest_of(value.decode().removeprefix("Bearer ")))
 
 
 class Keyed:
@@ -50,9 +36,6 @@ class Keyed:
         self.rows = Rows(self.table)
         world.context.limits = KeyTable.attach(self.table.fd, 0)
         world.context.limits.clock = self.clock
-        world.context.keys = {}
-        world.context.meter = Meter()
-        world.context.cors = Recognise(world.context.keys)
 
     def add(self, name: str, **limits: Any) -> None:
         key = key_for(self.rows, name, **limits)
@@ -68,7 +51,7 @@ class Keyed:
 
 @pytest.fixture
 async def keyed(start):
-    keyed = Keyed(await start(hold_timeout_s=0.2, eject_time_s=60.0))
+    keyed = Keyed(await start(keys=REQUIRED, hold_timeout_s=0.2, eject_time_s=60.0))
     yield keyed
     await keyed.world.at_rest()
     for name in keyed.rows.rows:
@@ -369,7 +352,7 @@ async def test_a_held_request_is_in_flight_and_costs_no_tokens_if_it_is_never_se
 
 
 async def test_a_held_stream_tells_its_limits_when_it_begins(start):
-    world = await start(hold_timeout_s=5.0, hold_comment_after_s=0.01)
+    world = await start(keys=REQUIRED, hold_timeout_s=5.0, hold_comment_after_s=0.01)
     keyed = Keyed(world)
     world.route("m", {})
     keyed.add("k", requests_per_minute=5)

@@ -12,7 +12,6 @@ from fakes.world import World
 
 from kubeai._keys import Key
 from kubeai.api.config.system import KeysConfig
-from kubeai.gateway.proxy import Proxy
 from kubeai.gateway.usage_refusals import REFUSAL_S, UsageRefusals
 from kubeai.routing.keys import KeyRecord
 
@@ -43,13 +42,12 @@ def ask(path: str = CHAT, *headers: str, version: str = "1.1", **fields: object)
 
 
 @pytest.fixture
-async def keyed(start, monkeypatch):
+async def keyed(start):
     """Start a gateway in which each request has a key."""
     key = Key(KeyRecord("alice", DIGEST, "acme"))
-    monkeypatch.setattr(Proxy, "allow_origin", lambda proxy, _: setattr(proxy, "_key", key))
 
     async def keyed(**config) -> World:
-        world = await start(cors_origins=("*",), keys=KeysConfig(required=True), **config)
+        world = await start(keys=KeysConfig(required=True), **config)
         world.context.keys[DIGEST] = key
         return world
 

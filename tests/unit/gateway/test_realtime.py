@@ -6,6 +6,7 @@ from typing import cast
 
 import pytest
 import uvloop
+from fakes.websocket import PATH, SWITCHED, echo, handshake
 from fakes.wire import Broken, Message, Wire, answer, post, until
 from fakes.world import World
 from typing_extensions import override
@@ -17,32 +18,6 @@ from kubeai.gateway.observation import RequestEnd, RequestStart
 from kubeai.gateway.relay._upstream import Upstream
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
-SWITCHED = (
-    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Accept: made-by-the-engine\r\n\r\n"
-)
-PATH = "/v1/realtime?model=m"
-
-
-def handshake(target: str = PATH, *headers: str, version: str = "1.1") -> bytes:
-    lines = (
-        f"GET {target} HTTP/{version}",
-        "Host: gateway",
-        "Connection: keep-alive, Upgrade",
-        "Upgrade: websocket",
-        "Sec-WebSocket-Key: a2V5",
-        "Sec-WebSocket-Version: 13",
-        *headers,
-    )
-    return "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n"
-
-
-async def echo(wire: Wire, request: Message) -> None:
-    """An engine that accepts, and sends back what it receives."""
-    await wire.send(SWITCHED)
-    while data := await wire.reader.read(65536):
-        await wire.send(data)
-    wire.close()
 
 
 async def opened(world: World, request: bytes = b"") -> Wire:

@@ -8,32 +8,10 @@ from random import Random
 
 import pytest
 from fakes.api_keys import ALICE, BOB, ask, bearer, change, error, keyed, record
+from fakes.websocket import echo, handshake
 from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, says, until
 
-SWITCHED = (
-    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Accept: made-by-the-engine\r\n\r\n"
-)
-
-
-def handshake(target: str, *headers: str) -> bytes:
-    lines = (
-        f"GET {target} HTTP/1.1",
-        "Host: gateway",
-        "Connection: Upgrade",
-        "Upgrade: websocket",
-        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-        "Sec-WebSocket-Version: 13",
-        *headers,
-    )
-    return "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n"
-
-
-async def echo(wire: Wire, request: Message) -> None:
-    await wire.send(SWITCHED)
-    while data := await wire.reader.read(65536):
-        await wire.send(data)
-    wire.close()
+NONCE = "dGhlIHNhbXBsZSBub25jZQ=="  # a valid one, because the gateway itself accepts
 
 
 @pytest.fixture
@@ -155,7 +133,7 @@ async def test_a_websocket_is_cut(world):
 
 async def test_a_websocket_that_waits_for_its_model_ends_with_an_error(world):
     wire = await world.client()
-    await wire.send(handshake("/v1/realtime", bearer(ALICE)))
+    await wire.send(handshake("/v1/realtime", bearer(ALICE), key=NONCE))
     await wire.head()
     await wire.reader.readuntil(b"}")  # session.created
     revoke(world)
