@@ -80,13 +80,13 @@ check: .venv/installed-check  ## fast checks: style, types, import layers, C war
 		| diff charts/kubeai/charts/open-webui/files/fields.json -
 	$(BIN)/python charts/models_schema.py | diff charts/models/values.schema.json -
 
-screenshots: .venv/installed-browser  ## make the pictures in docs/console; needs Chromium
+screenshots: .venv/installed-browser  ## make the pictures in docs/how-to/console; needs Chromium
 	$(BIN)/python docs/screenshots.py
 
 browser: .venv/installed-browser  ## test the console in Chromium
 	$(BIN)/pytest tests/browser -n 2 --dist loadfile
 
-bench: .venv/installed-test  ## run all benchmarks and write docs/performance.md
+bench: .venv/installed-test  ## run all benchmarks and write docs/explain/performance.md
 	mkdir -p build/bench
 	$(BIN)/pytest bench --benchmark-enable --benchmark-only --benchmark-json build/bench/micro.json
 	$(BIN)/python bench/gateway_vs_nginx.py --json build/bench/gateway.json
@@ -98,7 +98,7 @@ bench: .venv/installed-test  ## run all benchmarks and write docs/performance.md
 	$(BIN)/python bench/instructions.py --json build/bench/instructions.json
 	KUBEBUILDER_ASSETS=$$(tests/cluster/build.sh || true) \
 		$(BIN)/python bench/control_plane.py --json build/bench/control.json
-	$(BIN)/python bench/report.py build/bench docs/performance.md
+	$(BIN)/python bench/report.py build/bench docs/explain/performance.md
 
 bench-routing: .venv/installed-test  ## compare the strategies on simulated engines; TRACE=FILE
 	$(BIN)/python bench/routing.py $(if $(TRACE),--trace $(TRACE))

@@ -1,6 +1,6 @@
-"""Compare the autoscaler's rule with others on traces: the figures in docs/autoscaling.md.
+"""Compare the autoscaler's rule with others on traces: the figures in docs/explain/autoscaling.md.
 
-    python bench/autoscaling.py             # docs/autoscaling/*.svg and the tables
+    python bench/autoscaling.py             # docs/explain/autoscaling/*.svg and the tables
     python bench/autoscaling.py --check     # exits with 1 if the tables are outdated
 
 Needs `pip install -c constraints.txt -e '.[plots]'` and takes some minutes on two cores.

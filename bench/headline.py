@@ -1,4 +1,6 @@
-"""Simulate the benefit of prefix routing: bench/results/headline.json and docs/benchmarks.md.
+"""Simulate the benefit of prefix routing.
+
+Writes bench/results/headline.json and docs/explain/benchmarks.md.
 
     python bench/headline.py               # make bench-headline
 
@@ -9,7 +11,7 @@ time (kubeai/simulation): the same code writes the same figures on every machine
 - ``headline.html``: its runs at the highest concurrency, as ``kubeai bench`` reports them;
 - ``studies.json``: the limits of the benefit; the effect of replication, load factor and prefix
   length;
-- the tables of docs/benchmarks.md, and its plots if matplotlib is installed
+- the tables of docs/explain/benchmarks.md, and its plots if matplotlib is installed
   (``pip install -c constraints.txt -e '.[plots]'``).
 """
 
@@ -36,7 +38,7 @@ from kubeai.simulation.traffic import Conversation, Shape
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs/explain/benchmarks.md"
 ENGINE = PRESETS["llama-3.1-8b-fp8-l4"]
 SEED = 1
 

@@ -1,4 +1,4 @@
-"""The section of docs/performance.md about requests by message, from ``messages.json``."""
+"""The section of docs/explain/performance.md about requests by message, from ``messages.json``."""
 
 from __future__ import annotations
 

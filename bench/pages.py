@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[1] / "docs/explain"
 
 
 def filled(page: str, part: str, lines: list[str]) -> str:
@@ -28,7 +28,7 @@ def plot(
     font_size: int = 9,
     **more: Any,
 ) -> Iterator[Any]:
-    """The axes of a figure, written to ``docs/<name>.svg`` when the block ends.
+    """The axes of a figure, written to ``docs/explain/<name>.svg`` when the block ends.
 
     ``size``: in inches. ``more``: for ``pyplot.subplots``. Needs ``pip install matplotlib``.
     """

@@ -1,6 +1,6 @@
-"""Simulate requests while engines fail and recover: the tables in docs/partial-failure.md.
+"""Simulate requests while engines fail and recover: the tables in docs/explain/partial-failure.md.
 
-    python bench/partial_failure.py [--write docs/partial-failure.md]
+    python bench/partial_failure.py [--write docs/explain/partial-failure.md]
 
 Runs the retry and ejection policy, the ring and the load table that serve requests against
 simulated engines in virtual time, for every subset of the engines that fails. The figures are the

@@ -1,6 +1,6 @@
-"""Simulate the cost of several KubeAI replicas: the table in docs/several-replicas.md.
+"""Simulate the cost of several KubeAI replicas: the table in docs/explain/several-replicas.md.
 
-    python bench/replicas.py [--write docs/several-replicas.md]
+    python bench/replicas.py [--write docs/explain/several-replicas.md]
 
 Simulates the same conversations with 1, 2, 4 and 8 replicas of KubeAI, which use the gateway's own
 ring and load table, in virtual time: with shared loads, with shared loads but without anticipating

@@ -1,6 +1,7 @@
-"""Write docs/performance.md from the benchmarks' results.
+"""Write docs/explain/performance.md from the benchmarks' results.
 
-    python bench/report.py build/bench docs/performance.md [--only-control-plane | --only-messages]
+    python bench/report.py build/bench docs/explain/performance.md \
+        [--only-control-plane | --only-messages]
 
 The folder holds ``micro.json`` (pytest-benchmark) and ``gateway.json``, ``keys.json``,
 ``scale.json``, ``stall.json``, ``instructions.json``, ``messages.json`` and ``control.json``; a

@@ -1,4 +1,6 @@
-"""Compare the strategies on simulated engines: bench/results/routing.json and docs/routing.md.
+"""Compare the strategies on simulated engines.
+
+Writes bench/results/routing.json and docs/explain/routing.md.
 
     python bench/routing.py [--trace FILE] [--full] [--plots] [--check]        # make bench-routing
 
@@ -30,7 +32,7 @@ from kubeai.simulation.traffic import SHAPES, Arrivals, Conversation, Shape, gen
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "routing.json"
-PAGE = ROOT / "docs" / "routing.md"
+PAGE = ROOT / "docs/explain/routing.md"
 L4, H100 = "llama-3.1-8b-fp8-l4", "llama-3.3-70b-fp8-h100x2"
 STRATEGIES: tuple[Strategy, ...] = ("LeastLoad", "PrefixHash", "PrefixCache")
 TRACE_REQUESTS = 4_000
@@ -338,7 +340,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--trace", type=Path, help="an hour of requests in Mooncake's format")
     parser.add_argument("--full", action="store_true", help="also simulate 1,000 endpoints")
-    parser.add_argument("--plots", action="store_true", help="draw docs/routing/*.svg too")
+    parser.add_argument("--plots", action="store_true", help="draw docs/explain/routing/*.svg too")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a criterion is missed")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
-"""Simulate tenants that share a Model: the table in docs/tenants.md.
+"""Simulate tenants that share a Model: the table in docs/explain/tenants.md.
 
-    python bench/tenants.py [--write docs/tenants.md]
+    python bench/tenants.py [--write docs/explain/tenants.md]
 
 Simulates the same requests under three policies, with the gateway's own queue, pick and load table
 and engines that follow vLLM's scheduler, in virtual time: all requests go to the engines at once;

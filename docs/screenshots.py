@@ -1,4 +1,4 @@
-"""Make the pictures of the console in docs/console, each in a light and a dark theme.
+"""Make the pictures of the console in docs/how-to/console, each in a light and a dark theme.
 
     make screenshots        # or: python docs/screenshots.py [NAME …]
 
@@ -34,7 +34,7 @@ PICKS = {  # by the Models' strategies
     "qwen3-coder": ["hashed", "hashed", "bounded"],
     "bge-m3": ["least"],
 }
-FOLDER = REPOSITORY / "docs" / "console"
+FOLDER = REPOSITORY / "docs/how-to/console"
 NO_DITHER = Image.Dither.NONE
 FILE_MAX_BYTES = 120_000
 COLOURS = 256  # of the pictures that would otherwise be too large

@@ -1,4 +1,4 @@
-"""Which engines have which routes: docs/engines/README.md. A test compares the two.
+"""Which engines have which routes: docs/reference/engines/index.md. A test compares the two.
 
 A request is sent to the engine of its Model whether or not the engine is listed here. The table
 counts only for a Model that is to replace another one (fallback.py).
@@ -17,7 +17,7 @@ _ENGINES = {
     "F": "FasterWhisper",
     "I": "Infinity",
 }
-# Which engines have a route, and the feature that it belongs to: docs/engines/README.md.
+# Which engines have a route, and the feature that it belongs to: docs/reference/engines/index.md.
 _SERVED: dict[Kind, tuple[str, Feature | None]] = {
     Kind.CHAT: ("VSOL", "TextGeneration"),
     Kind.CHAT_BATCH: ("V", "TextGeneration"),

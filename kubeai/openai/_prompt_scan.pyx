@@ -41,7 +41,7 @@ cdef extern from *:
         return word;
     }
     /* Hashes a text after what ``hash`` covers, 64 bytes at a time in four chains that the CPU
-       computes side by side. Not cryptographic: see docs/routing.md for what a collision does. */
+       computes side by side. Not cryptographic: see docs/explain/routing.md for what a collision does. */
     static inline uint64_t kb_hash(uint64_t hash, const char *at, size_t size) {
         const uint64_t k0 = 0x9E3779B97F4A7C15u, k1 = 0xBF58476D1CE4E5B9u;
         const uint64_t k2 = 0x94D049BB133111EBu, k3 = 0xD6E8FEB86659FD93u;

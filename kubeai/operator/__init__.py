@@ -1,6 +1,7 @@
 """The control plane: reconciles Models into pods, replica counts, status and routes.
 
-The supervisor runs an `Operator` and implements `Loads` for it. See docs/life-of-a-model.md.
+The supervisor runs an `Operator` and implements `Loads` for it. See
+docs/explain/life-of-a-model.md.
 """
 
 from kubeai.operator.operator import Operator

@@ -10,7 +10,7 @@
 | FallbacksAccepted | all fallbacks and the canary count (Models with one of these) |
 | Degraded | part of the Model does not work and needs a person's attention |
 
-Each reason is one word. docs/life-of-a-model.md lists them. Called by `plan`.
+Each reason is one word. docs/explain/life-of-a-model.md lists them. Called by `plan`.
 """
 
 from __future__ import annotations

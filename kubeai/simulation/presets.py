@@ -1,6 +1,6 @@
 """Parameters of real engines, for simulations and the mock engine.
 
-Each preset states its sources; docs/benchmarks.md compares it with measurements.
+Each preset states its sources; docs/explain/benchmarks.md compares it with measurements.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PRESETS: dict[str, EngineConfig] = {
         cache_blocks=28_000,
     ),
     # Measured with vLLM 0.32 on CPUs: a Llama with 4 layers of width 768, one core per engine, and
-    # prompts of 100 to 6,000 tokens. docs/benchmarks.md has the comparison.
+    # prompts of 100 to 6,000 tokens. docs/explain/benchmarks.md has the comparison.
     "tiny-cpu": EngineConfig(
         max_batch=32,
         step_tokens=2_048,

@@ -1,6 +1,6 @@
 """Measures the effect of several KubeAI replicas not seeing each other's picks immediately.
 
-``bench/replicas.py`` generates the table in docs/several-replicas.md with it.
+``bench/replicas.py`` generates the table in docs/explain/several-replicas.md with it.
 """
 
 from __future__ import annotations

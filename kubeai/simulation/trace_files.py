@@ -1,8 +1,8 @@
 """Trace files: the requests of a real service, with their times and lengths but mostly no text.
 
 The formats are those of Mooncake's and Qwen-Bailian's published traces, with the field names that
-Dynamo and AIPerf also accept; docs/bench.md describes them. The format of a line, and with it the
-unit of its ``timestamp``, follows from its fields. Used by ``kubeai.loadtest``.
+Dynamo and AIPerf also accept; docs/how-to/load-test.md describes them. The format of a line, and
+with it the unit of its ``timestamp``, follows from its fields. Used by ``kubeai.loadtest``.
 
 The text is generated per request on demand, since that of an hour would be gigabytes. It depends
 only on the ``hash_ids``, so that prompts begin alike exactly as far as the real ones did.

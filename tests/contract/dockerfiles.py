@@ -5,7 +5,7 @@ debootstrap made, COPY copies, the rest is kept. A program then runs as an engin
 process 1 of its own, as the file's USER, without capabilities, its root file system read-only. The
 network is the machine's. Needs root.
 
-It differs from an engine in what docs/image.md lists.
+It differs from an engine in what docs/reference/image.md lists.
 """
 
 from __future__ import annotations

@@ -281,8 +281,8 @@ class World:
 
 
 def documented_role() -> list[dict]:
-    """The rules of a Role, from the table of docs/life-of-a-model.md."""
-    text = (REPOSITORY / "docs" / "life-of-a-model.md").read_text()
+    """The rules of a Role, from the table of docs/explain/life-of-a-model.md."""
+    text = (REPOSITORY / "docs/explain/life-of-a-model.md").read_text()
     table = text[text.index("## Permissions") :]
     rows = re.findall(r"^\| `([a-z/]+)`(?: \(([a-z.0-9-]+)\))? \| ([a-z, ]+)", table, re.MULTILINE)
     groups = {"models": "kubeai.org"}

@@ -282,7 +282,7 @@ def test_the_console_is_off_by_default_and_gets_only_the_rights_that_it_uses(hel
     for right, (function, call) in CONSOLE_NEEDS.items():
         source = re.sub(r"\s", "", inspect.getsource(function))
         assert call in source, right
-    documented = (CHARTS.parent / "docs/console.md").read_text()
+    documented = (CHARTS.parent / "docs/how-to/console.md").read_text()
     for resource in ("models", "models/scale", "pods/log"):
         assert f"| `{resource}`" in documented
 
@@ -360,7 +360,7 @@ def test_dashboard_and_alerts_use_existing_metrics(helm):
         assert "{{" not in rule["expr"]
         shown |= set(re.findall(r"kubeai_\w+", rule["expr"]))
     assert "{{ $labels.stream }}" in group["rules"][0]["annotations"]["summary"]
-    told = re.findall(r"`(kubeai_\w+)`", (CHARTS.parent / "docs/metrics.md").read_text())
+    told = re.findall(r"`(kubeai_\w+)`", (CHARTS.parent / "docs/reference/metrics.md").read_text())
     of_histograms = {f"{name}_{part}" for name in told for part in ("bucket", "sum", "count")}
     assert shown
     assert shown <= {*told, *of_histograms}
@@ -526,7 +526,7 @@ def test_docs_list_pod_security_violations_of_engines(helm, api, namespace):
         f"| {name} | {', '.join(_violations(api, namespace, pod))} |"
         for name, pod in _pods_of(config).items()
     ]
-    text = (CHARTS.parent / "docs/helm.md").read_text()
+    text = (CHARTS.parent / "docs/reference/helm.md").read_text()
     assert [line for line in text.splitlines() if line in rows] == rows, "\n".join(rows)
     section = text[text.index("\n## Pod Security\n") :]
     restricted = yaml.safe_load(section.split("```yaml\n")[1].split("```")[0])
@@ -777,7 +777,7 @@ async def test_release_installs_serves_upgrades_and_uninstalls_cleanly(site, hub
 
 
 async def test_installing_both_charts_serves_a_model(site):
-    """As docs/helm.md says; the engine that answers is the mock one, the GPU's is kwok's."""
+    """As docs/reference/helm.md says; the mock engine answers, the GPU is kwok's."""
     with site.gpu_node():
         before = site.objects()
         await site.install("--values", str(CHART / "values-nvidia-k8s-device-plugin.yaml"))

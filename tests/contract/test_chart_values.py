@@ -168,7 +168,7 @@ def test_an_image_has_to_be_named(helm):
     """The one that is published under upstream's name is another program."""
     words = helm("template", "k", str(CHART), code=1)
     assert "set image.repository" in words
-    assert "docs/image.md" in words
+    assert "docs/reference/image.md" in words
 
 
 # -- strings ---------------------------------------------------------------------------------------

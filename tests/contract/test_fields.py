@@ -1,7 +1,7 @@
 """The effect of each Model field in a cluster: on pods, route, scale and the list of models.
 
-Both APIs, with the operator, and `Nodes` in the place of kubelets. docs/fields.md says for every
-field which test shows its effect; most of those are here.
+Both APIs, with the operator, and `Nodes` in the place of kubelets. docs/reference/fields.md says
+for every field which test shows its effect; most of those are here.
 """
 
 from __future__ import annotations

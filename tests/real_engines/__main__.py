@@ -3,7 +3,7 @@
     PYTHONPATH=tests python tests/real_engines [ENGINE …] [--engine-env NAME=DIR] [--python PATH]
 
 Without arguments, all engines are installed and run, one after the other. Exits with 1 if a check
-failed or an engine could not be installed. ``docs/real-engines.md`` says what is needed.
+failed or an engine could not be installed. ``docs/contribute/real-engines.md`` says what is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from suites import SUITES, run_stage
 
 ROOT = REPOSITORY / "build" / "real-engines"
 WEIGHTS = ROOT / "weights"
-DOCUMENT = REPOSITORY / "docs" / "real-engines.md"
+DOCUMENT = REPOSITORY / "docs/contribute/real-engines.md"
 
 
 def arguments() -> argparse.Namespace:

@@ -1,4 +1,5 @@
-"""The results of all engines: kept in files between runs, and shown as `docs/real-engines.md`."""
+"""The results of all engines: kept in files between runs, and shown as
+`docs/contribute/real-engines.md`."""
 
 from __future__ import annotations
 

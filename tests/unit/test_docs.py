@@ -1,7 +1,8 @@
-"""docs/fields.md: every field, value and condition has a row, and every test it cites exists.
+"""Tables of docs/reference that are checked against the code.
 
-docs/http-api.md: every route has a row, for both of its paths. docs/engines: every engine has a
-page, and the tables agree with the code.
+fields.md: every field, value and condition has a row, and every test it cites exists. http-api.md:
+every route has a row, for both of its paths. engines: every engine has a page, and the tables
+agree with the code.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def leaves(schema, path=""):
 
 def sections():
     """The tables: title → [(first cell, description, cited tests)]."""
-    text = (REPOSITORY / "docs/fields.md").read_text()
+    text = (REPOSITORY / "docs/reference/fields.md").read_text()
     tables = {}
     for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
         lines = [line for line in part.splitlines() if line.startswith("|")][2:]
@@ -85,7 +86,7 @@ def test_every_condition_that_the_operator_writes_has_a_row():
 
 
 def test_every_route_has_a_row():
-    rows = (REPOSITORY / "docs/http-api.md").read_text().splitlines()
+    rows = (REPOSITORY / "docs/reference/http-api.md").read_text().splitlines()
     for path in route_table:
         assert any(row.startswith("| ") and f"`{path}`" in row for row in rows), path
 
@@ -112,24 +113,24 @@ def test_each_row_has_a_one_line_description_and_cites_existing_tests(row):
         assert test in names_in(file), f"{name}: {file} has no {test}"
 
 
-# -- docs/engines ----------------------------------------------------------------------------------
+# -- docs/reference/engines ------------------------------------------------------------------------
 
 ENGINES = get_args(Engine)
 
 
 def table(title):
-    """A table of docs/engines/README.md: its head, and its rows."""
-    text = (REPOSITORY / "docs/engines/README.md").read_text().split(f"\n## {title}\n")[1]
+    """A table of docs/reference/engines/index.md: its head, and its rows."""
+    text = (REPOSITORY / "docs/reference/engines/index.md").read_text().split(f"\n## {title}\n")[1]
     lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
     head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     return head, rows
 
 
 def test_every_engine_has_a_page_and_a_column():
-    text = (REPOSITORY / "docs/engines/README.md").read_text()
+    text = (REPOSITORY / "docs/reference/engines/index.md").read_text()
     for engine in ENGINES:
         (page,) = re.findall(rf"^\| \[`{engine}`\]\(([\w-]+\.md)\)", text, re.MULTILINE)
-        page = (REPOSITORY / "docs/engines" / page).read_text()
+        page = (REPOSITORY / "docs/reference/engines" / page).read_text()
         assert f"  engine: {engine}\n" in page
         for section in ("## What KubeAI starts", "## On one machine", "## Limits"):
             assert section in page, (engine, section)
@@ -140,7 +141,7 @@ def test_every_engine_has_a_page_and_a_column():
 
 
 def test_the_manifest_of_every_engine_gives_a_pod():
-    for page in (REPOSITORY / "docs/engines").glob("*.md"):
+    for page in (REPOSITORY / "docs/reference/engines").glob("*.md"):
         for block in re.findall(r"```yaml\n(apiVersion:.*?)```", page.read_text(), re.DOTALL):
             assert build_pod(decode_model(yaml.safe_load(block)), SystemConfig()), page
 

@@ -29,9 +29,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "kubeai.image" -}}
 {{- $repository := .Values.image.repository }}
 {{- if not $repository }}
-{{- fail "set image.repository to your image of KubeAI: none is published yet; docs/image.md describes how to build it" }}
+{{- fail "set image.repository to your image of KubeAI: none is published yet; docs/reference/image.md describes how to build it" }}
 {{- else if eq $repository "ghcr.io/kubeai-project/kubeai" }}
-{{- fail (printf "set image.repository to your image of KubeAI: %s is the image of KubeAI in Go, which is another program; docs/image.md describes how to build it" $repository) }}
+{{- fail (printf "set image.repository to your image of KubeAI: %s is the image of KubeAI in Go, which is another program; docs/reference/image.md describes how to build it" $repository) }}
 {{- end }}
 {{- $repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}

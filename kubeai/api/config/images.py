@@ -1,7 +1,7 @@
 """The default images of the engines: the one place where their releases are chosen.
 
-The chart's values and the tables in docs/ are tested to be equal. docs/engines/README.md says how
-each release was verified.
+The chart's values and the tables in docs/ are tested to be equal. docs/reference/engines/index.md
+says how each release was verified.
 """
 
 from __future__ import annotations

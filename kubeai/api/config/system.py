@@ -6,7 +6,7 @@ config is valid. null and Go's zero values also mean the default (see `kubeai.ap
 so a config written by a Go program is valid too. An entry that cannot be used, such as a cache
 profile without a volume, does not stop KubeAI: it is an error of the Models that use it, or a
 warning.
-docs/configuration.md lists all keys.
+docs/reference/configuration.md lists all keys.
 
 `load_config` is called by the commands. The operator and the engines get a SystemConfig, the
 workers its `gateway` section (as msgspec builtins, through their environment).
@@ -260,7 +260,7 @@ class ConsoleConfig(_Section, frozen=True, kw_only=True):
 
 
 class QueueConfig(_Section, frozen=True, kw_only=True):
-    """The queues of requests that wait for a saturated Model. See docs/tenants.md."""
+    """The queues of requests that wait for a saturated Model. See docs/explain/tenants.md."""
 
     # A replica with this percentage of targetRequests in flight is full. None: 200 if keys are
     # required, otherwise 0: replicas are never full.
@@ -269,7 +269,7 @@ class QueueConfig(_Section, frozen=True, kw_only=True):
 
 
 class KeysConfig(_Section, frozen=True, kw_only=True):
-    """API keys of clients. See docs/keys.md."""
+    """API keys of clients. See docs/how-to/keys.md."""
 
     required: bool = False
     # Requests with a wrong key, per client address and worker. Beyond it they get 429 and their

@@ -2,5 +2,5 @@
 
 ``__main__`` wires it up; ``agent`` talks to the API, ``binder`` assigns pods to the Node, ``node``
 keeps the Node's object. ``server`` serves logs and exec; ``pods`` runs each pod; ``runtime`` starts
-and supervises containers. docs/process-kubelet.md lists the differences from Kubernetes'.
+and supervises containers. docs/reference/process-kubelet.md lists the differences from Kubernetes'.
 """

@@ -18,7 +18,8 @@ once that delay has passed since the replicas last grew or were overloaded.
 
 When more requests are active than the ready replicas should have, requests queue. Their number then
 shows how long the overload has lasted rather than how many replicas are missing, so an estimate
-replaces it: see :meth:`_Track._load`. docs/autoscaling.md explains how the constants were found.
+replaces it: see :meth:`_Track._load`. docs/explain/autoscaling.md explains how
+the constants were found.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ def documented_leaves(schema, path=""):
 
 
 def test_the_docs_list_every_field_with_its_default():
-    text = (FILE.parents[3] / "docs/model.md").read_text()
+    text = (FILE.parents[3] / "docs/reference/model.md").read_text()
     spec, status = (re.split(r"^## ", text, flags=re.MULTILINE)[i] for i in (1, 5))
     assert spec.startswith("spec\n")
     assert status.startswith("status\n")

@@ -11,8 +11,8 @@ from kubeai.routing.routes import Route
 
 
 def documented() -> dict[str, set[str]]:
-    """The engines with each route, from the table in docs/engines/README.md."""
-    text = (REPOSITORY / "docs/engines/README.md").read_text()
+    """The engines with each route, from the table in docs/reference/engines/index.md."""
+    text = (REPOSITORY / "docs/reference/engines/index.md").read_text()
     head, _, *rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in text.split("\n## Routes\n")[1].splitlines()

@@ -163,7 +163,7 @@ def test_the_schema_accepts_all_fields_and_rejects_unknown_ones():
 
 
 def test_the_docs_list_every_entry():
-    text = (REPOSITORY / "docs/models-catalogue.md").read_text()
+    text = (REPOSITORY / "docs/reference/models-catalogue.md").read_text()
     rows = [
         f"| `{name}` | {entry['engine']} | {', '.join(entry['features'])} "
         f"| `{entry['resourceProfile']}` | `{entry['url']}` |"

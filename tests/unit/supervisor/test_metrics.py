@@ -219,7 +219,7 @@ def test_exactly_the_existing_metrics_are_documented(replica):
         for family in families
         if family.name.startswith("kubeai_")
     }
-    table = (REPOSITORY / "docs/metrics.md").read_text()
+    table = (REPOSITORY / "docs/reference/metrics.md").read_text()
     assert set(re.findall(r"^\| `(kubeai_\w+)`", table, re.MULTILINE)) == ours
 
 

@@ -26,7 +26,7 @@ def test_the_charts_images_are_the_default_ones():
 
 
 def test_the_docs_list_the_default_images():
-    text = (REPOSITORY / "docs/configuration.md").read_text()
+    text = (REPOSITORY / "docs/reference/configuration.md").read_text()
     table = text.split("\n## Images\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (\w+) \| ([^|]+) \| `([^`]+)` \|$", table, re.MULTILINE)
     found: dict[str, dict[str, str]] = {}

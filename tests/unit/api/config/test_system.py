@@ -393,7 +393,7 @@ def written(default, unit):
 
 
 def test_the_docs_list_every_key_with_its_default_and_no_other():
-    text = (REPOSITORY / "docs/configuration.md").read_text()
+    text = (REPOSITORY / "docs/reference/configuration.md").read_text()
     tables = text.partition("## Images")[0]
     documented = dict(re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", tables, re.MULTILINE))
     known = {
@@ -418,7 +418,7 @@ def test_the_docs_list_every_key_with_its_default_and_no_other():
 
 def test_every_documented_key_can_be_set_in_a_file():
     """The documented defaults are read from a file, so that each type of value is parsed."""
-    tables = (REPOSITORY / "docs/configuration.md").read_text().partition("## Images")[0]
+    tables = (REPOSITORY / "docs/reference/configuration.md").read_text().partition("## Images")[0]
     config = {}
     for path, default in re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \|", tables, re.MULTILINE):
         *sections, key = path.split(".")

@@ -163,7 +163,7 @@ def test_a_growing_number_of_clients_gets_replicas_within_a_few_start_times(benc
 
 
 def test_the_documented_constants_equal_the_code():
-    page = (REPOSITORY / "docs/autoscaling.md").read_text()
+    page = (REPOSITORY / "docs/explain/autoscaling.md").read_text()
     table = page.split("## Constants")[1].split("##")[0]
     told = dict(re.findall(r"^\| `([A-Z_]+)` \| ([0-9.]+) \|", table, re.MULTILINE))
     assert told.keys() == {
@@ -176,9 +176,9 @@ def test_the_documented_constants_equal_the_code():
 
 
 def test_every_trace_has_its_plot_and_figures():
-    page = (REPOSITORY / "docs/autoscaling.md").read_text()
+    page = (REPOSITORY / "docs/explain/autoscaling.md").read_text()
     for one in traces():
-        plot = REPOSITORY / f"docs/autoscaling/{one.name}.svg"
+        plot = REPOSITORY / f"docs/explain/autoscaling/{one.name}.svg"
         assert plot.stat().st_size < 150_000
         assert f"(autoscaling/{one.name}.svg)" in page
         assert re.search(rf"^\| {one.name} \| KubeAI \|", page, re.MULTILINE)

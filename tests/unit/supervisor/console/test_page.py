@@ -52,7 +52,7 @@ def test_every_file_that_is_named_exists_and_every_file_is_named():
     assert named | {"index.html"} == {path.name for path in FILES}
 
 
-@pytest.mark.parametrize("page", ["docs/console.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/how-to/console.md", "README.md"])
 def test_every_picture_in_the_documentation_exists_in_both_themes_and_is_small(page):
     path = REPOSITORY / page
     pictures = re.findall(r'src(?:set)?="([^"]+\.png)"', path.read_text())
