@@ -53,8 +53,10 @@ class Failure:
         )
 
 
-def run_steps(page: Page, steps: Path, *, cwd: Path, env: dict[str, str], timeout_s: float):
-    """Run a page; returns its first failure, or None. ``steps``: a folder for scripts and outputs."""
+def run_steps(
+    page: Page, steps: Path, *, cwd: Path, env: dict[str, str], timeout_s: float
+) -> Failure | None:
+    """Run a page; returns its first failure, or None. ``steps``: for scripts and outputs."""
     script = steps / "script.sh"
     script.write_text(_script(page, steps))
     begun = subprocess.Popen(
