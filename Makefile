@@ -85,8 +85,8 @@ check: .venv/installed-check  ## fast checks: style, types, import layers, C war
 	$(BIN)/python charts/models_schema.py | diff charts/models/values.schema.json -
 
 # Mermaid draws the diagrams in the browser. npm fetches it; the digest is checked.
-MERMAID_VERSION := 11.12.0
-MERMAID_SHA256 := 07e37dfa97b337ccc85365d57eddf99b9706f09db3b59b260d0333b23b343c4b
+MERMAID_VERSION := 11.17.2
+MERMAID_SHA256 := 581ed7d74bd9048d0e3a91363927d72ef22942d7722546b27f7cc29e35390eb8
 MERMAID := build/docs/mermaid-$(MERMAID_VERSION).min.js
 $(MERMAID):
 	mkdir -p build/docs
