@@ -5,7 +5,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 CORE := $(shell find kubeai -name '*.pyx' -o -name '*.pxd')
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test browser coverage check screenshots bench bench-routing bench-headline demo \
+.PHONY: help build run test browser coverage check reference screenshots bench bench-routing bench-headline demo \
 	real-engines asan soak clean
 
 help:  ## list the targets
@@ -79,6 +79,10 @@ check: .venv/installed-check  ## fast checks: style, types, import layers, C war
 	$(BIN)/python charts/values_schema.py fields open-webui \
 		| diff charts/kubeai/charts/open-webui/files/fields.json -
 	$(BIN)/python charts/models_schema.py | diff charts/models/values.schema.json -
+	$(BIN)/python docs/generate --check
+
+reference: .venv/installed  ## write the generated pages of docs/reference
+	$(BIN)/python docs/generate
 
 screenshots: .venv/installed-browser  ## make the pictures in docs/how-to/console; needs Chromium
 	$(BIN)/python docs/screenshots.py
