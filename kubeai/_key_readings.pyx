@@ -10,7 +10,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp
 
-from kubeai._key_table cimport KeyTable, Moment, Window, moment_of, used_of
+from kubeai._key_table cimport KeyTable, Moment, moment_of
 from kubeai._load cimport get_u32, get_u64
 
 cdef enum:
@@ -74,9 +74,8 @@ cdef class KeyReadings:
         """Whether nothing was counted here within the last minute."""
         cdef KeyTable table = self.table
         cdef Moment moment = moment_of(table.now_s())
-        cdef Window window
-        cdef double used
-        table.read_requests(row, table.columns - 1, &moment, &window)
-        used = used_of(&window, &moment)
-        table.read_tokens(row, table.columns - 1, &moment, &window)
-        return used + used_of(&window, &moment) == 0
+        cdef int columns = table.columns - 1
+        return (
+            table.used_requests(row, columns, &moment) == 0
+            and table.used_tokens(row, columns, &moment) == 0
+        )

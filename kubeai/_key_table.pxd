@@ -17,9 +17,27 @@ cdef extern from *:
     static inline uint64_t kb_counted(uint64_t slot, uint64_t interval) {
         return (slot ^ interval << KB_SLOT_BITS) >> KB_SLOT_BITS ? 0 : slot & KB_SLOT_MAX;
     }
+    /* Add what was counted in the last minute: in its whole intervals, and in the one that is
+       leaving it. Each slot has its interval, so their order does not matter. */
+    static inline void kb_add_slots(
+        const uint64_t *slots, int count, uint64_t interval, uint64_t *whole, uint64_t *leaving
+    ) {
+        const uint64_t oldest = count - 1, mask = UINT64_MAX >> KB_SLOT_BITS;
+        for (int i = 0; i < count; i++) {
+            uint64_t slot = __atomic_load_n(&slots[i], __ATOMIC_RELAXED);
+            uint64_t age = (interval - (slot >> KB_SLOT_BITS)) & mask;
+            if (age < oldest)
+                *whole += slot & KB_SLOT_MAX;
+            else if (age == oldest)
+                *leaving += slot & KB_SLOT_MAX;
+        }
+    }
     """
     uint64_t slot_of "kb_slot"(uint64_t interval, uint64_t count) nogil
     uint64_t counted_in "kb_counted"(uint64_t slot, uint64_t interval) nogil
+    void add_slots "kb_add_slots"(
+        const uint64_t *slots, int count, uint64_t interval, uint64_t *whole, uint64_t *leaving
+    ) nogil
     enum: SLOT_MAX "KB_SLOT_MAX"
 
 
@@ -52,7 +70,6 @@ cdef inline Moment moment_of(double now_s) noexcept:
     return moment
 
 
-cdef double used_of(const Window *window, const Moment *moment) noexcept
 cdef double wait_s_for(const Window *window, const Moment *moment, double excess) noexcept
 
 
@@ -67,12 +84,9 @@ cdef class KeyTable(SharedTable):
     cdef double now_s(self) except? -1
     cdef bint lives(self, int row, uint32_t generation) noexcept
     cdef int64_t _in_flight(self, size_t row, int columns) noexcept
-    cdef void _read(
-        self, const uint64_t *slots, int columns, const Moment *moment, Window *window
-    ) noexcept
-    cdef void read_requests(
-        self, size_t row, int columns, const Moment *moment, Window *window
-    ) noexcept
-    cdef void read_tokens(
-        self, size_t row, int columns, const Moment *moment, Window *window
-    ) noexcept
+    cdef void _read(self, const uint64_t *slots, const Moment *moment, Window *window) noexcept
+    cdef void read_requests(self, size_t row, const Moment *moment, Window *window) noexcept
+    cdef void read_tokens(self, size_t row, const Moment *moment, Window *window) noexcept
+    cdef double _used(self, const uint64_t *slots, int columns, const Moment *moment) noexcept
+    cdef double used_requests(self, size_t row, int columns, const Moment *moment) noexcept
+    cdef double used_tokens(self, size_t row, int columns, const Moment *moment) noexcept

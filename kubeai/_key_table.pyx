@@ -56,15 +56,6 @@ cdef Layout _layout(size_t rows, size_t columns) noexcept:
     return layout
 
 
-cdef double used_of(const Window *window, const Moment *moment) noexcept:
-    """How much of the counts is within the last minute."""
-    cdef uint64_t whole = 0
-    cdef int age
-    for age in range(INTERVALS):
-        whole += window.counts[age]
-    return <double> whole + moment.share * <double> window.counts[INTERVALS]
-
-
 cdef double wait_s_for(const Window *window, const Moment *moment, double excess) noexcept:
     """How long it takes until ``excess`` of what is used has left the minute."""
     cdef double left_s = moment.share * INTERVAL_S  # until the interval has left
@@ -205,10 +196,27 @@ cdef class KeyTable(SharedTable):
             total += get_i64(&cells[column].in_flight)
         return total
 
-    cdef void _read(
-        self, const uint64_t *slots, int columns, const Moment *moment, Window *window
-    ) noexcept:
-        """Sum what was counted in the last minute over the first ``columns`` of a row.
+    cdef double _used(self, const uint64_t *slots, int columns, const Moment *moment) noexcept:
+        """What was counted in the last minute in the first ``columns`` of a row.
+
+        ``slots``: those of the first column.
+        """
+        cdef uint64_t whole = 0
+        cdef uint64_t leaving = 0
+        cdef int column
+        for column in range(columns):
+            add_slots(slots, SLOTS, moment.interval, &whole, &leaving)
+            slots += sizeof(Cell) // sizeof(uint64_t)
+        return <double> whole + moment.share * <double> leaving
+
+    cdef double used_requests(self, size_t row, int columns, const Moment *moment) noexcept:
+        return self._used(self.cells[row * self.columns].requests, columns, moment)
+
+    cdef double used_tokens(self, size_t row, int columns, const Moment *moment) noexcept:
+        return self._used(self.cells[row * self.columns].tokens, columns, moment)
+
+    cdef void _read(self, const uint64_t *slots, const Moment *moment, Window *window) noexcept:
+        """Sum what was counted in the last minute over a row, by age.
 
         ``slots``: those of the first column.
         """
@@ -217,32 +225,25 @@ cdef class KeyTable(SharedTable):
         cdef int age, column
         for age in range(SLOTS):
             window.counts[age] = 0
-            for column in range(columns):
+            for column in range(self.columns):
                 window.counts[age] += counted_in(
                     get_u64(&slots[column * cell + slot]), moment.interval - age
                 )
             slot = slot - 1 if slot else SLOTS - 1
 
-    cdef void read_requests(
-        self, size_t row, int columns, const Moment *moment, Window *window
-    ) noexcept:
-        self._read(self.cells[row * self.columns].requests, columns, moment, window)
+    cdef void read_requests(self, size_t row, const Moment *moment, Window *window) noexcept:
+        self._read(self.cells[row * self.columns].requests, moment, window)
 
-    cdef void read_tokens(
-        self, size_t row, int columns, const Moment *moment, Window *window
-    ) noexcept:
-        self._read(self.cells[row * self.columns].tokens, columns, moment, window)
+    cdef void read_tokens(self, size_t row, const Moment *moment, Window *window) noexcept:
+        self._read(self.cells[row * self.columns].tokens, moment, window)
 
     def _use(self, Py_ssize_t row, int columns):
         self._check_row(row)
         cdef Moment moment = moment_of(self.now_s())
-        cdef Window requests, tokens
-        self.read_requests(row, columns, &moment, &requests)
-        self.read_tokens(row, columns, &moment, &tokens)
         return Use(
             self._in_flight(row, columns),
-            ceil(used_of(&requests, &moment)),
-            ceil(used_of(&tokens, &moment)),
+            ceil(self.used_requests(row, columns, &moment)),
+            ceil(self.used_tokens(row, columns, &moment)),
         )
 
     def use(self, Py_ssize_t row):

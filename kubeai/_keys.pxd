@@ -31,4 +31,5 @@ cdef class Key:
     cdef readonly Selection selection  # of the Models that it may use; None: all
     cdef int take(self, record) except -1
     cpdef bint allows(self, object route) except -1
+    cdef object counts  # of the Model that it has used; see gateway/_metering.pyx
     cdef public double mean_output_tokens  # of responses to this worker's requests; 0: none yet

@@ -26,7 +26,6 @@ from kubeai._key_table cimport (
     counted_in,
     moment_of,
     slot_of,
-    used_of,
     wait_s_for,
 )
 from kubeai._load cimport get_i64, get_u32, get_u64, put_i64, put_u32, put_u64
@@ -75,8 +74,8 @@ cdef Charge take(
     global live_charges
     cdef size_t at = row
     cdef Moment moment = moment_of(table.now_s())
-    cdef Window requests_window, tokens_window
-    cdef double used, excess
+    cdef Window window
+    cdef double used, wait_s
     cdef int64_t left, needed
     cdef Charge charge = Charge.__new__(Charge)
     tokens = max(<int64_t> 0, min(tokens, <int64_t> REQUEST_TOKENS_MAX))
@@ -91,23 +90,23 @@ cdef Charge take(
     if quota.in_flight and table._in_flight(at, table.columns) >= quota.in_flight:
         exceed(charge, IN_FLIGHT, IN_FLIGHT_RETRY_S)
     if quota.requests:
-        table.read_requests(at, table.columns, &moment, &requests_window)
-        used = used_of(&requests_window, &moment)
+        used = table.used_requests(at, table.columns, &moment)
         left = quota.requests - <int64_t> floor(used)
         if left < 1:
-            excess = used - quota.requests + LESS
-            exceed(charge, REQUESTS, wait_s_for(&requests_window, &moment, excess))
+            table.read_requests(at, &moment, &window)
+            wait_s = wait_s_for(&window, &moment, used - quota.requests + LESS)
+            exceed(charge, REQUESTS, wait_s)
         charge.requests_left = max(<int64_t> 0, left)
     if quota.tokens:
-        table.read_tokens(at, table.columns, &moment, &tokens_window)
-        used = used_of(&tokens_window, &moment)
+        used = table.used_tokens(at, table.columns, &moment)
         left = quota.tokens - <int64_t> floor(used)
         needed = max(<int64_t> 1, tokens)
         if tokens > quota.tokens:
             exceed(charge, TOO_LARGE, 0)
         elif left < needed:
-            excess = used - (quota.tokens - needed + 1) + LESS
-            exceed(charge, TOKENS, wait_s_for(&tokens_window, &moment, excess))
+            table.read_tokens(at, &moment, &window)
+            wait_s = wait_s_for(&window, &moment, used - (quota.tokens - needed + 1) + LESS)
+            exceed(charge, TOKENS, wait_s)
         charge.tokens_left = max(<int64_t> 0, left)
     if charge._excess != WITHIN:
         put_u64(&charge.cell.refused, get_u64(&charge.cell.refused) + 1)

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from kubeai.gateway._fast_path import FastPathContext, JsonRoute
 from kubeai.gateway._metering import Meter
 from kubeai.gateway.cors import CorsPolicy
-from kubeai.gateway.fallback_counts import FallbackCounter
+from kubeai.gateway.event_counts import EventCounter
 from kubeai.gateway.keys import Keys
 from kubeai.gateway.retries import Retries, RetryBudget
 from kubeai.gateway.stored_responses import StoredResponses
@@ -79,12 +79,14 @@ class Context(FastPathContext):
         self.json_routes = JSON_ROUTES
         self.cors = CorsPolicy(config.cors_origins) if config.cors_origins else None
         self.journal = None  # set by the worker
-        self.fallback_counts = FallbackCounter()  # set by the worker
+        self.events = EventCounter()  # sent by the worker
         # The messenger's requests come from a broker that has its own credentials.
         needs_keys = config.keys.required and request_type == "http"
         self.keys = {} if needs_keys else None
         self.key_table = (
-            None if self.keys is None else Keys(self.keys, config.keys.failures_per_minute)
+            None
+            if self.keys is None
+            else Keys(self.keys, config.keys.failures_per_minute, self.events)
         )
         self.limits = None  # set by the worker
         self.meter = Meter() if needs_keys else None

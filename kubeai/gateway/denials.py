@@ -17,6 +17,7 @@ from kubeai.openai.routes import origin_form
 
 if TYPE_CHECKING:
     from kubeai._keys import Key
+    from kubeai.gateway.event_counts import EventCounter
     from kubeai.routing.table import RoutedModel
 
 log = get_logger(__name__)
@@ -106,9 +107,13 @@ def check_model(key: Key | None, routed: RoutedModel | None, model: str) -> None
 
 
 class AuditLog:
-    """Writes a line for each denial; a flood is sampled, and says how many lines it lacks."""
+    """Counts each denial, and writes a line for it.
 
-    def __init__(self) -> None:
+    The lines of a flood are sampled, and say how many are missing.
+    """
+
+    def __init__(self, events: EventCounter) -> None:
+        self._events = events
         self._limit = RateLimit(AUDIT_BURST_MAX_LINES, AUDIT_LINES_PER_S)
 
     def note(
@@ -124,6 +129,7 @@ class AuditLog:
         """Log a denial. ``client``: its address; ``target``: of the request, without checks."""
         if error.code not in AUDITED:
             return
+        self._events.add("denial", error.code)
         suppressed = self._limit.take(time.monotonic())
         if suppressed is None:
             return

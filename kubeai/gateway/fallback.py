@@ -380,7 +380,7 @@ class FallbackRequest(AdmittedRequest):
         assert fallbacks is not None, "there are others"
         assert admission is not None, "only admitted requests fall back"
         name = other.route.model
-        self.context.fallback_counts.add(left.route.model, name, reason)
+        self.context.events.add("fallback", left.route.model, name, reason)
         log.info(
             "request falls back",
             request_id=self.request_id,

@@ -28,6 +28,7 @@ from kubeai.gateway.denials import (
     no_valid_key,
     too_many_failures,
 )
+from kubeai.gateway.event_counts import EventCounter
 from kubeai.openai.errors import BadRequest
 from kubeai.routing.keys import KeyDelta, KeyRecord, KeySnapshot
 
@@ -43,12 +44,13 @@ class Keys:
         self,
         by_digest: dict[bytes, Key],
         failures_per_minute: int,
+        events: EventCounter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``failures_per_minute``: of a client address; 0: no limit."""
+        """``failures_per_minute``: of a client address; 0: no limit. ``events``: for metrics."""
         self.by_digest = by_digest
         self.by_name: dict[str, Key] = {}
-        self.audit = AuditLog()
+        self.audit = AuditLog(events)
         self.failures = FailureLimit(failures_per_minute, clock)
 
     def apply(self, message: KeySnapshot | KeyDelta) -> bool:

@@ -35,7 +35,6 @@ from kubeai._prefix import PrefixIndex
 from kubeai._queue_table import QueueTable
 from kubeai.gateway.access_log import make_observers
 from kubeai.gateway.context import Context
-from kubeai.gateway.fallback_counts import FallbackCounter
 from kubeai.gateway.local_routes import make_runner
 from kubeai.gateway.server import Server
 from kubeai.gateway.usage_reporter import UsageReporter
@@ -88,7 +87,7 @@ class Worker:
             self._awaited.add(KeySnapshot)
         self._started = asyncio.Event()  # nothing is awaited
         self._usage = UsageReporter(self._context.meter, self._channel.send)
-        self._context.fallback_counts = FallbackCounter(self._channel.send)
+        self._context.events.send = self._channel.send
         self._stopped: asyncio.Future[Drain] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
@@ -113,7 +112,7 @@ class Worker:
             await self._context.stored_responses.close()
             await runner.cleanup()
             self._usage.close()
-            self._context.fallback_counts.flush()
+            self._context.events.flush()
             self._channel.close()
 
     async def _serve(self, local_routes: web.Server) -> None:

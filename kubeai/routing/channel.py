@@ -120,25 +120,31 @@ class Streams(msgspec.Struct, frozen=True, tag="streams", array_like=True):
 FallbackReason = Literal["not_ready", "blocked", "failing", "saturated"]
 
 
-class FallbackCount(msgspec.Struct, frozen=True, array_like=True):
-    """How many requests have left a Model for another one, for one reason."""
+CountedEvent = Literal["fallback", "denial"]
 
-    model: str
-    fallback: str
-    reason: FallbackReason
+
+class EventCount(msgspec.Struct, frozen=True, array_like=True):
+    """How many events of one kind there were with the same labels.
+
+    Labels of a fallback: the Model, the one that it left for, the FallbackReason. Of a denial: the
+    error's code.
+    """
+
+    event: CountedEvent
+    labels: tuple[str, ...]
     count: int
 
 
-class FallbackReport(msgspec.Struct, frozen=True, tag="fallbacks", array_like=True):
-    """A worker's requests that have fallen back since its last report."""
+class EventReport(msgspec.Struct, frozen=True, tag="events", array_like=True):
+    """A worker's events since its last report."""
 
-    counts: tuple[FallbackCount, ...]
+    counts: tuple[EventCount, ...]
 
 
 REPORT_INTERVAL_S = 1.0
 
 Down = Snapshot | Delta | KeySnapshot | KeyDelta | Drain
-Up = Ready | Demand | Streams | UsageReport | FallbackReport
+Up = Ready | Demand | Streams | UsageReport | EventReport
 
 
 class Channel(asyncio.Protocol):

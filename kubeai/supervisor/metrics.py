@@ -31,7 +31,7 @@ from kubeai._queue_table import QueueTable
 from kubeai._readings import picks
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import RequestType, Route
-from kubeai.supervisor.fallbacks import FallbackMetrics
+from kubeai.supervisor.event_metrics import EventMetrics
 from kubeai.supervisor.queue_metrics import QueueCollector
 from kubeai.supervisor.scraped import Scraped
 from kubeai.supervisor.usage.metrics import UsageCollector
@@ -61,8 +61,8 @@ class Metrics:
         waiting = None if queues is None else QueueCollector(queues, publisher)
         self._registry = CollectorRegistry()
         self._registry.register(LoadCollector(table, publisher, peers))
-        self.fallbacks = FallbackMetrics(publisher.models)  # of what the workers report
-        for collector in filter(None, (streams, limits, waiting, self.fallbacks)):
+        self.events = EventMetrics(publisher.models)  # of what the workers report
+        for collector in filter(None, (streams, limits, waiting, self.events)):
             self._registry.register(collector)
         self._usage = usage
         ProcessCollector(registry=self._registry)  # the supervisor's process

@@ -180,7 +180,7 @@ class Supervisor:
             on_ready=self._worker_ready,
             on_demand=self.operator.demand,
             on_usage=self._usage.add,
-            on_fallbacks=self._metrics.fallbacks.report,
+            on_events=self._metrics.events.report,
             spawn=spawn,
         )
         self._workers = [start(column, sock) for column, sock in enumerate(listeners)]

@@ -23,7 +23,7 @@ from kubeai.routing.channel import (
     Channel,
     Demand,
     Down,
-    FallbackReport,
+    EventReport,
     Ready,
     Streams,
     Up,
@@ -64,7 +64,7 @@ class WorkerProcess:
         module: str = WORKER,
         messaging: Messaging | None = None,
         on_streams: Callable[[Streams], None] = lambda _: None,
-        on_fallbacks: Callable[[FallbackReport], None] = lambda _: None,
+        on_events: Callable[[EventReport], None] = lambda _: None,
         on_end: Callable[[], None] = lambda: None,
         on_usage: Callable[[UsageReport], None] = lambda _: None,
     ) -> None:
@@ -79,7 +79,7 @@ class WorkerProcess:
         of a model for which it holds a request.
 
         ``module``: what the process runs. ``on_streams``: called with the messenger's reports.
-        ``on_fallbacks``: called with the counts of requests that fell back.
+        ``on_events``: called with the counts of events.
         ``on_end``: called when the process has ended. ``on_usage``: called with its reports of what
         API keys use.
         """
@@ -103,7 +103,7 @@ class WorkerProcess:
         self._module = module
         self._messaging = messaging
         self._on_streams = on_streams
-        self._on_fallbacks = on_fallbacks
+        self._on_events = on_events
         self._on_end = on_end
         self._on_usage = on_usage
         self._channel: Channel | None = None
@@ -184,8 +184,8 @@ class WorkerProcess:
             self._on_streams(message)
         elif isinstance(message, UsageReport):
             self._on_usage(message)
-        elif isinstance(message, FallbackReport):
-            self._on_fallbacks(message)
+        elif isinstance(message, EventReport):
+            self._on_events(message)
 
     def send(self, message: Down) -> None:
         """Send a message to the process; dropped if it does not run."""

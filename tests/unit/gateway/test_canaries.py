@@ -150,7 +150,7 @@ async def test_an_adapter_is_only_served_by_a_canary_that_has_it(split):
 async def test_a_canary_that_fails_is_replaced_by_its_model(split):
     world = await split(100, canary=failing(500))
     assert await served_by(world, ask()) == "m"
-    assert dict(world.context.fallback_counts._counts) == {("new", "m", "failing"): 1}
+    assert dict(world.context.events._counts) == {("fallback", ("new", "m", "failing")): 1}
 
 
 async def test_a_canary_that_is_not_ready_is_replaced_by_its_model_at_once(split):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kubeai._keys import Key
 from kubeai.gateway._credentials import Problem, Source, check, fingerprint, read
+from kubeai.gateway.event_counts import EventCounter
 from kubeai.gateway.keys import Keys
 from kubeai.routing.keys import KeyDelta
 
@@ -116,7 +117,7 @@ def test_a_key_that_was_seen_is_found_only_while_it_is_in_the_table():
 
 def test_a_key_that_was_seen_is_released_when_it_is_gone():
     table = {}
-    keys = Keys(table, 1)
+    keys = Keys(table, 1, EventCounter())
     keys.apply(KeyDelta(1, "a", record("a", ALICE)))
     key = table[sha256(ALICE.encode()).digest()]
     before = sys.getrefcount(key)

@@ -10,7 +10,7 @@ from fakes.chats import ask, error_of, failing, hang, lose, reset
 from fakes.wire import CHUNKED, Engine, Message, Wire, answer, chunk, post, says, until
 from fakes.world import World
 
-from kubeai.routing.channel import FallbackCount, FallbackReport
+from kubeai.routing.channel import EventCount, EventReport
 from kubeai.routing.fair_queue import FairQueue
 from kubeai.routing.queueing import Waiting
 from kubeai.routing.routes import Block
@@ -53,7 +53,7 @@ async def got(world: World, request: bytes) -> Message:
 
 
 def fallbacks(world: World) -> dict[tuple[str, str, str], int]:
-    return dict(world.context.fallback_counts._counts)
+    return {labels: count for (_, labels), count in world.context.events._counts.items()}
 
 
 def by(answered: Message, name: str, asked: str = "m") -> None:
@@ -513,14 +513,14 @@ async def test_a_message_takes_a_handler_again_before_it_falls_back(fallen):
 async def test_counts_are_sent_together(fallen):
     world = await fallen()
     sent: list[object] = []
-    world.context.fallback_counts._send = sent.append
+    world.context.events.send = sent.append
     world.route("m", {}, **NOW)
     for _ in range(3):
         by(await got(world, ask()), "b")
-    world.context.fallback_counts.flush()
+    world.context.events.flush()
     (message,) = sent
-    assert message == FallbackReport((FallbackCount("m", "b", "not_ready", 3),))
-    world.context.fallback_counts.flush()
+    assert message == EventReport((EventCount("fallback", ("m", "b", "not_ready"), 3),))
+    world.context.events.flush()
     assert len(sent) == 1
 
 

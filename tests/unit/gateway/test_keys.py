@@ -10,6 +10,7 @@ from fakes.wire import Message, Wire, answer, says
 from structlog.testing import capture_logs
 
 from kubeai.api.config.system import KeysConfig
+from kubeai.gateway.event_counts import EventCounter
 from kubeai.gateway.keys import FAILING_ADDRESSES_MAX_COUNT, FailureLimit, Keys, check_credential
 from kubeai.gateway.local_routes import make_app
 from kubeai.openai.errors import BadRequest
@@ -475,13 +476,14 @@ async def test_a_flood_of_denials_is_sampled_and_the_others_are_counted(world):
     lines = [line for line in logs if line["event"] == "request denied"]
     assert 100 <= len(lines) < 300
     assert all(line["suppressed"] == 0 for line in lines[:100])
+    assert world.context.events._counts["denial", ("invalid_api_key",)] == 300
 
 
 # -- the table -----------------------------------------------------------------------------------
 
 
 def keys() -> Keys:
-    table = Keys({}, 0)
+    table = Keys({}, 0, EventCounter())
     table.apply(KeySnapshot(1, (record("a", "ka"), record("b", "kb", models="x"))))
     return table
 
@@ -525,16 +527,16 @@ def test_a_key_that_moves_to_another_secret_stays_usable():
 
 
 def test_an_invalid_selector_selects_nothing():
-    table = Keys({}, 0)
+    table = Keys({}, 0, EventCounter())
     table.apply(KeyDelta(1, "a", record("a", "ka", models="x in (")))
     key = table.by_name["a"]
     assert key.restricted
     assert not key.selects({"x": "1"})
 
 
-def test_a_credential_from_elsewhere_is_checked_and_counted():
+async def test_a_credential_from_elsewhere_is_checked_and_counted():
     class Context:
-        key_table = Keys({}, 1)
+        key_table = Keys({}, 1, EventCounter())
 
     context = Context()
     context.key_table.apply(KeyDelta(1, "a", record("a", "ka", is_admin=True)))
