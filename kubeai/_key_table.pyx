@@ -33,7 +33,8 @@ from kubeai._shared_memory cimport SharedMemory, lines
 from kubeai._shared_table cimport SharedTable, TableHeader, check_shape, read_table_header
 
 cdef enum:
-    LAYOUT_VERSION = 1
+    LAYOUT_VERSION = 2
+    HAS_PEERS = 0  # in the header's spare words: another replica has counted something
 
 cdef uint64_t MAGIC = 0x6B75626561694B54  # "kubeaiKT"
 
@@ -166,6 +167,8 @@ cdef class KeyTable(SharedTable):
         cdef uint64_t interval = moment_of(self.now_s()).interval
         cdef int current = <int> (interval % SLOTS)
         cdef int slot
+        if in_flight or requests or tokens:
+            put_u64(&self.header.spare[HAS_PEERS], 1)
         put_i64(&cell.in_flight, in_flight)
         # The new sum first: a reader in between counts too much rather than too little.
         put_u64(&cell.requests[current], slot_of(interval, requests))
@@ -187,6 +190,10 @@ cdef class KeyTable(SharedTable):
             )
 
     # -- reads: any process ------------------------------------------------------------------
+
+    cdef int counted_columns(self) noexcept:
+        """The number of columns that have something: without other replicas, the workers'."""
+        return self.columns if get_u64(&self.header.spare[HAS_PEERS]) else self.columns - 1
 
     cdef int64_t _in_flight(self, size_t row, int columns) noexcept:
         cdef const Cell *cells = &self.cells[row * self.columns]

@@ -14,22 +14,26 @@ cdef class Selection:
 
 
 cdef class Key:
-    cdef readonly str name  # of the Secret
-    cdef readonly bytes digest
+    # What every request reads comes first, in two cache lines: with thousands of keys, each request
+    # finds its key in the main memory.
     cdef Fingerprint fingerprint  # of the key, once a request has had it; see _credentials.pyx
-    cdef readonly str tenant
-    cdef readonly object record  # the KeyRecord
+    cdef dict seen_in  # the dictionary that it was found in then
+    cdef readonly double expires_s  # Unix time; 0: never
     cdef readonly int row  # in the key table
     cdef readonly uint32_t generation
+    cdef readonly Selection selection  # of the Models that it may use; None: all
+    cdef readonly str share  # whose share of a queue its requests take: the tenant's, or its own
     cdef readonly int64_t requests_per_minute  # 0: no limit, as below
     cdef readonly int64_t tokens_per_minute
     cdef readonly int64_t in_flight_max
-    cdef readonly int priority
-    cdef readonly double expires_s  # Unix time; 0: never
-    cdef readonly bint is_admin
-    cdef public bint is_revoked  # its Secret is gone, or has another key
-    cdef readonly Selection selection  # of the Models that it may use; None: all
-    cdef int take(self, record) except -1
-    cpdef bint allows(self, object route) except -1
     cdef object counts  # of the Model that it has used; see gateway/_metering.pyx
     cdef public double mean_output_tokens  # of responses to this worker's requests; 0: none yet
+    cdef public bint is_revoked  # its Secret is gone, or has another key
+    cdef readonly bint is_admin
+    cdef readonly int priority
+    cdef readonly str name  # of the Secret
+    cdef readonly bytes digest
+    cdef readonly str tenant
+    cdef readonly object record  # the KeyRecord
+    cdef int take(self, record) except -1
+    cpdef bint allows(self, object route) except -1

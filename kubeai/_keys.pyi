@@ -28,6 +28,7 @@ class Key:
     name: str
     digest: bytes
     tenant: str
+    share: str
     record: KeyRecord
     row: int
     generation: int

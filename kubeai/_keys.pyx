@@ -85,6 +85,7 @@ cdef class Key:
     cdef int take(self, record) except -1:
         self.record = record
         self.tenant = record.tenant
+        self.share = record.tenant or record.name
         self.requests_per_minute = record.requests_per_minute
         self.tokens_per_minute = record.tokens_per_minute
         self.in_flight_max = record.in_flight_max

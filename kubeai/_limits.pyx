@@ -77,6 +77,7 @@ cdef Charge take(
     cdef Window window
     cdef double used, wait_s
     cdef int64_t left, needed
+    cdef int columns = table.counted_columns()
     cdef Charge charge = Charge.__new__(Charge)
     tokens = max(<int64_t> 0, min(tokens, <int64_t> REQUEST_TOKENS_MAX))
     charge.table = table
@@ -87,10 +88,10 @@ cdef Charge take(
     charge.stamp = &table.stamps[<size_t> table._column * table.rows + at]
     charge.tokens = tokens
     charge.reset_s = (moment.share + INTERVALS) * INTERVAL_S
-    if quota.in_flight and table._in_flight(at, table.columns) >= quota.in_flight:
+    if quota.in_flight and table._in_flight(at, columns) >= quota.in_flight:
         exceed(charge, IN_FLIGHT, IN_FLIGHT_RETRY_S)
     if quota.requests:
-        used = table.used_requests(at, table.columns, &moment)
+        used = table.used_requests(at, columns, &moment)
         left = quota.requests - <int64_t> floor(used)
         if left < 1:
             table.read_requests(at, &moment, &window)
@@ -98,7 +99,7 @@ cdef Charge take(
             exceed(charge, REQUESTS, wait_s)
         charge.requests_left = max(<int64_t> 0, left)
     if quota.tokens:
-        used = table.used_tokens(at, table.columns, &moment)
+        used = table.used_tokens(at, columns, &moment)
         left = quota.tokens - <int64_t> floor(used)
         needed = max(<int64_t> 1, tokens)
         if tokens > quota.tokens:

@@ -13,8 +13,7 @@ constant time nevertheless. Called by ``_fast_path.pyx`` for requests, by keys.p
 
 Most requests have a key that this process has seen before. It is recognised by a fingerprint of its
 text (_fingerprint.pxd), which takes a tenth of the time, with a random secret of this process. Only
-valid keys have one, so wrong keys take no memory; and what it finds must still be the key of its
-digest.
+valid keys have one, so wrong keys take no memory. A key that leaves the dictionary is forgotten.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -144,7 +143,7 @@ cdef Key find(dict keys, Bytes text, const Fingerprint *fingerprint, Problem *pr
         if key is None:
             problem[0] = INVALID
             return None
-        remember(key, fingerprint)
+        remember(keys, key, fingerprint)
     problem[0] = EXPIRED if 0 < key.expires_s <= wall_s() else NO_PROBLEM
     return key
 
@@ -164,7 +163,7 @@ cdef Key look_up(dict keys, Bytes text):
 
 
 cdef Key recall(dict keys, const Fingerprint *fingerprint):
-    """The key that has been seen with a fingerprint, if it is still in ``keys``."""
+    """The key that has been seen with a fingerprint in ``keys``, until :func:`forget`."""
     cdef Key key
     if _seen is None:
         return None
@@ -173,17 +172,18 @@ cdef Key recall(dict keys, const Fingerprint *fingerprint):
         key is None
         or not is_same_fingerprint(&key.fingerprint, fingerprint)
         or key.is_revoked
-        or keys.get(key.digest) is not key
+        or key.seen_in is not keys
     ):
         return None
     return key
 
 
-cdef int remember(Key key, const Fingerprint *fingerprint) except -1:
+cdef int remember(dict keys, Key key, const Fingerprint *fingerprint) except -1:
     global _seen
     if _seen is None:
         _seen = [None] * SEEN_MAX_KEYS
     key.fingerprint = fingerprint[0]
+    key.seen_in = keys
     _seen[<Py_ssize_t> (fingerprint.low % SEEN_MAX_KEYS)] = key
     return 0
 
@@ -193,6 +193,7 @@ def forget(Key key not None):
     cdef Py_ssize_t place = <Py_ssize_t> (key.fingerprint.low % SEEN_MAX_KEYS)
     if _seen is not None and _seen[place] is key:
         _seen[place] = None
+    key.seen_in = None
 
 
 cdef Key take_key(RequestHead head, dict keys, Credential *credential):

@@ -77,7 +77,7 @@ cdef inline uint32_t known(uint32_t tokens) noexcept:
 
 cdef inline str tenant_of(Key key):
     """Whose request it is; the headers that say so without keys are not handled here."""
-    return "" if key is None else key.tenant or key.name
+    return "" if key is None else key.share
 
 
 cdef inline uint8_t pick_of(Reservation reservation) noexcept:

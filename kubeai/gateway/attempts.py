@@ -253,7 +253,7 @@ class AdmittedRequest(FastPath):
     def _tenant(self) -> str:
         """Whose request it is: the key's tenant, or what the client says where keys are off."""
         if self._key is not None:
-            return self._key.tenant or self._key.name
+            return self._key.share
         if self.context.keys is not None or self.context.request_type == "message":
             return ""
         return next(iter(self.headers(b"x-gateway-inference-fairness-id")), b"").decode("latin-1")

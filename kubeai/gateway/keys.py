@@ -81,6 +81,8 @@ class Keys:
             forget(old)
         if record is not None:
             key = Key(record)
+            if (other := self.by_digest.get(key.digest)) is not None:  # of another Secret
+                forget(other)
             self.by_name[name] = self.by_digest[key.digest] = key
         return is_revoked
 

@@ -12,7 +12,7 @@ from kubeai._keys import Key
 from kubeai.gateway._credentials import Problem, Source, check, fingerprint, read
 from kubeai.gateway.event_counts import EventCounter
 from kubeai.gateway.keys import Keys
-from kubeai.routing.keys import KeyDelta
+from kubeai.routing.keys import KeyDelta, KeySnapshot
 
 EXPIRED = "sk-expired"
 RECORDS = [record("a", ALICE), record("b", BOB), record("e", EXPIRED, expires_s=time.time() - 9)]
@@ -101,18 +101,29 @@ def test_a_revoked_key_is_none_even_while_it_is_in_the_table():
 
 def test_a_key_that_was_seen_is_found_only_while_it_is_in_the_table():
     """A fingerprint that finds a key again is no right of its own."""
-    key = Key(record("a", ALICE))
-    table = {key.digest: key}
+    table = {}
+    keys = Keys(table, 1, EventCounter())
     lines = text([("x-api-key", ALICE)])
-    for _ in range(2):
-        assert read(table, lines)[:2] == (key, Problem.NO_PROBLEM)
-    replaced = Key(record("a", ALICE, row=7))
-    table[key.digest] = replaced
-    assert read(table, lines)[0] is replaced
-    replaced.is_revoked = True
-    assert read(table, lines)[:2] == (None, Problem.INVALID)
-    table.clear()
-    assert read(table, lines)[:2] == (None, Problem.INVALID)
+
+    def found():
+        answers = [read(table, lines)[:2] for _ in range(2)]
+        assert answers[0] == answers[1], "seen before or not"
+        return answers[0]
+
+    keys.apply(KeyDelta(1, "a", record("a", ALICE)))
+    first = keys.by_name["a"]
+    assert found() == (first, Problem.NO_PROBLEM)
+    assert read({}, lines)[:2] == (None, Problem.INVALID), "another table"
+    keys.apply(KeyDelta(2, "a", record("a", ALICE, row=7)))
+    replaced = keys.by_name["a"]
+    assert replaced is not first
+    assert found() == (replaced, Problem.NO_PROBLEM)
+    keys.apply(KeyDelta(3, "b", record("b", ALICE)))  # another Secret with the same key
+    assert found() == (keys.by_name["b"], Problem.NO_PROBLEM)
+    keys.by_name["b"].is_revoked = True
+    assert found() == (None, Problem.INVALID)
+    keys.apply(KeySnapshot(4, ()))
+    assert found() == (None, Problem.INVALID)
 
 
 def test_a_key_that_was_seen_is_released_when_it_is_gone():
