@@ -5,8 +5,8 @@ PIP := $(BIN)/pip --disable-pip-version-check
 CORE := $(shell find kubeai -name '*.pyx' -o -name '*.pxd')
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test browser coverage check screenshots bench bench-routing bench-headline demo \
-	real-engines asan soak docs docs-serve docs-version clean
+.PHONY: help build run test browser coverage check screenshots bench bench-routing \
+	bench-headline demo real-engines asan soak docs docs-serve docs-version reference clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,10 @@ check: .venv/installed-check  ## fast checks: style, types, import layers, C war
 	$(BIN)/python charts/values_schema.py fields open-webui \
 		| diff charts/kubeai/charts/open-webui/files/fields.json -
 	$(BIN)/python charts/models_schema.py | diff charts/models/values.schema.json -
+	$(BIN)/python docs/generate --check
+
+reference: .venv/installed  ## write the generated pages of docs/reference
+	$(BIN)/python docs/generate
 
 # Mermaid draws the diagrams in the browser. npm fetches it; the digest is checked.
 MERMAID_VERSION := 11.17.2
@@ -151,7 +155,7 @@ asan: .venv/installed-test  ## run the compiled core's tests under AddressSaniti
 soak: .venv/installed-test  ## run long fuzz and hammer tests, and mixed load for SOAK_SECONDS (600)
 	EXAMPLES_FACTOR=20 $(BIN)/pytest tests/unit/openai tests/unit/routing tests/unit/test_ring.py \
 		tests/unit/test_load.py tests/unit/operator/test_plan.py --timeout 600
-	FUZZ_EXAMPLES=10000 $(BIN)/pytest tests/fuzz
+	FUZZ_EXAMPLES=10000 $(BIN)/pytest tests/fuzz -m "not slow"
 	HAMMER_SEEDS=20 $(BIN)/pytest tests/hammer
 	CRASH_STEP=1 $(BIN)/pytest tests/contract/test_crash.py
 	OUTAGE_S=30 $(BIN)/pytest tests/contract/test_replicas.py

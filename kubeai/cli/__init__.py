@@ -37,6 +37,7 @@ def _app() -> Any:
     from kubeai.cli.key import key
     from kubeai.cli.load import load
     from kubeai.cli.local import local
+    from kubeai.cli.openapi import openapi
     from kubeai.cli.serve import serve
     from kubeai.cli.top import top
     from kubeai.cli.uninstall import uninstall
@@ -69,7 +70,7 @@ def _app() -> Any:
     ) -> None:
         pass
 
-    for command in (serve, local, chat, top, usage, doctor, load, uninstall, crd):
+    for command in (serve, local, chat, top, usage, doctor, load, uninstall, crd, openapi):
         app.command(help=help_of(command))(command)
 
     @app.command("mock-engine", add_help_option=False)

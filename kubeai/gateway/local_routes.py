@@ -1,9 +1,9 @@
 """The local routes: all requests except inference POSTs.
 
 The relay forwards those requests to this aiohttp application, one at a time on each connection. It
-serves the list of models (also in the format of Ollama's API), health, and 404 and 405 responses
-for everything that is not in the route table (formatted by errors.py). The worker runs it with
-:func:`make_runner`.
+serves the list of models (also in the format of Ollama's API), health, the description of the API,
+and 404 and 405 responses for everything that is not in the route table (formatted by errors.py).
+The worker runs it with :func:`make_runner`.
 """
 
 from __future__ import annotations
@@ -106,10 +106,10 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
             return login.login_response(int(status), message)
         if login.is_login(request.method, request.path) and context.console is not None:
             return await login.answer(request, partial(check_credential, context))
-    if request.path in HEALTH_PATHS:
+    if own := OWN_ROUTES.get(request.path):
         if request.method not in ("GET", "HEAD"):
             return _not_allowed(request, ("GET", "HEAD"))
-        return _health(request)
+        return own(request)
     if request.path == "/" and request.method == "HEAD":  # how Ollama's clients look for a server
         return web.Response()
     if request.path == "/" and context.console is not None:
@@ -191,10 +191,26 @@ def _health(request: web.Request) -> web.Response:
     return web.Response(status=503, text="draining\n" if context.draining else "not ready\n")
 
 
+def _openapi(_: web.Request) -> web.Response:
+    """The description of the API, which is made when it is first requested."""
+    from kubeai.gateway.openapi import document_json
+
+    return _json(document_json())
+
+
+# Besides the inference routes. With GET and HEAD.
+OWN_ROUTES: dict[str, Callable[[web.Request], web.Response]] = {
+    **dict.fromkeys(sorted(HEALTH_PATHS), _health),
+    "/openapi.json": _openapi,
+}
+
+
 # -- models ----------------------------------------------------------------------------------------
 
 
-class _Item(msgspec.Struct):
+class ListedModel(msgspec.Struct):
+    """A model of the list: a Model, an alias, or either with an adapter."""
+
     id: str
     created: int
     object: str
@@ -202,9 +218,11 @@ class _Item(msgspec.Struct):
     features: tuple[str, ...]
 
 
-class _List(msgspec.Struct):
+class ModelList(msgspec.Struct):
+    """The response of ``/v1/models``."""
+
     object: str
-    data: list[_Item]
+    data: list[ListedModel]
 
 
 def _models(request: web.Request, target: RouteMatch) -> web.Response:
@@ -221,7 +239,7 @@ def _models(request: web.Request, target: RouteMatch) -> web.Response:
         if (not features or features.intersection(route.features)) and selected(route)
         for item in _items(route, context.aliases)
     ]
-    return _json(msgspec.json.encode(_List("list", items)))
+    return _json(msgspec.json.encode(ModelList("list", items)))
 
 
 def _selection(request: web.Request) -> Callable[[Route], bool]:
@@ -239,7 +257,7 @@ def _missing(request: web.Request) -> Callable[[str], BadRequest]:
     return model_not_allowed if key is not None and key.restricted else model_not_found
 
 
-def _one_model(request: web.Request, encoded_id: str) -> _Item:
+def _one_model(request: web.Request, encoded_id: str) -> ListedModel:
     model_id = unquote(encoded_id)
     context = request.app[CONTEXT]
     found = find_model(context.models, context.aliases, named(Kind.MODELS, model_id))
@@ -248,7 +266,7 @@ def _one_model(request: web.Request, encoded_id: str) -> _Item:
     return _item(found.route, model_id)
 
 
-def _items(route: Route, aliases: Container[str]) -> Iterable[_Item]:
+def _items(route: Route, aliases: Container[str]) -> Iterable[ListedModel]:
     """One item for the model and each alias, each with one for each adapter of the model.
 
     ``aliases``: of all models. One that looks like another one's with an adapter is itself.
@@ -260,8 +278,8 @@ def _items(route: Route, aliases: Container[str]) -> Iterable[_Item]:
                 yield _item(route, f"{name}_{adapter}")
 
 
-def _item(route: Route, name: str) -> _Item:
-    return _Item(name, route.created_s, "model", route.owner, route.features)
+def _item(route: Route, name: str) -> ListedModel:
+    return ListedModel(name, route.created_s, "model", route.owner, route.features)
 
 
 async def _describe(request: web.Request, kind: Kind) -> web.Response:

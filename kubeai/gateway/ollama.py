@@ -48,7 +48,7 @@ def not_served(method: str, path: str) -> BadRequest | None:
     )
 
 
-class _Details(msgspec.Struct):
+class OllamaDetails(msgspec.Struct):
     """Of the model's file, which the gateway does not read."""
 
     parent_model: str = ""
@@ -59,11 +59,13 @@ class _Details(msgspec.Struct):
     quantization_level: str = ""
 
 
-class _Listed(msgspec.Struct, omit_defaults=True):
+class OllamaModel(msgspec.Struct, omit_defaults=True):
+    """A Model in the lists of Ollama's API."""
+
     name: str
     model: str
     digest: str  # Ollama's command line shows its first 12 characters
-    details: _Details
+    details: OllamaDetails
     size: int | None = None
     modified_at: str = ""
     # of a running model
@@ -72,8 +74,16 @@ class _Listed(msgspec.Struct, omit_defaults=True):
     context_length: int | None = None
 
 
-class _Shown(msgspec.Struct):
-    details: _Details
+class OllamaModels(msgspec.Struct):
+    """The response of ``/api/tags`` and ``/api/ps``."""
+
+    models: list[OllamaModel]
+
+
+class OllamaShown(msgspec.Struct):
+    """The response of ``/api/show``."""
+
+    details: OllamaDetails
     model_info: dict[str, str]
     capabilities: tuple[str, ...]
     modified_at: str
@@ -82,9 +92,17 @@ class _Shown(msgspec.Struct):
     template: str = ""
 
 
-class _ShowRequest(msgspec.Struct):
+class OllamaShowRequest(msgspec.Struct):
+    """The body of a request to ``/api/show``."""
+
     model: str = ""
     name: str = ""  # what older clients send instead
+
+
+class OllamaVersion(msgspec.Struct):
+    """The response of ``/api/version``."""
+
+    version: str
 
 
 def tags(routes: Iterable[Route]) -> bytes:
@@ -115,7 +133,7 @@ def shown(
     ``routes``: those that the client may use; ``missing``: the error for the name of another model.
     """
     try:
-        request = msgspec.json.decode(body, type=_ShowRequest)
+        request = msgspec.json.decode(body, type=OllamaShowRequest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"The body is not a JSON object with a model: {error}.") from None
     name = request.model or request.name
@@ -123,13 +141,13 @@ def shown(
         if _tagged(name) in _names(route):
             check_engine(Kind.OLLAMA_SHOW, route)
             able = tuple(_CAPABILITIES[each] for each in route.features if each in _CAPABILITIES)
-            return msgspec.json.encode(_Shown(_Details(), {}, able, _time(route)))
+            return msgspec.json.encode(OllamaShown(OllamaDetails(), {}, able, _time(route)))
     raise missing(name)
 
 
 def version() -> bytes:
     """The response of ``/api/version``."""
-    return msgspec.json.encode({"version": VERSION})
+    return msgspec.json.encode(OllamaVersion(VERSION))
 
 
 def _usable(routes: Iterable[Route]) -> list[Route]:
@@ -154,15 +172,15 @@ def _listed(
     expires_at: str = "",
     size_vram: int | None = None,
     context_length: int | None = None,
-) -> _Listed:
+) -> OllamaModel:
     digest = hashlib.sha256(f"{name} {route.created_s}".encode()).hexdigest()
-    return _Listed(
-        name, name, digest, _Details(), 0, modified_at, expires_at, size_vram, context_length
+    return OllamaModel(
+        name, name, digest, OllamaDetails(), 0, modified_at, expires_at, size_vram, context_length
     )
 
 
-def _list(items: Iterable[_Listed]) -> bytes:
-    return msgspec.json.encode({"models": list(items)})
+def _list(items: Iterable[OllamaModel]) -> bytes:
+    return msgspec.json.encode(OllamaModels(list(items)))
 
 
 def _time(route: Route) -> str:

@@ -67,7 +67,7 @@ class BadRequest(Exception):
 
     def body(self) -> bytes:
         """The response's body in OpenAI's format."""
-        kind = self.kind or ("invalid_request_error" if self.status < 500 else "server_error")
+        kind = self.kind or openai_type(self.status)
         return error_body(self.message, kind, self.code, self.param)
 
 
@@ -80,15 +80,19 @@ class UnsupportedCoding(BadRequest):
         self.accepted = accepted
 
 
-class _ErrorDetail(msgspec.Struct):
+class OpenAIErrorDetail(msgspec.Struct):
+    """What went wrong, as OpenAI's API describes it."""
+
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class _ErrorBody(msgspec.Struct):
-    error: _ErrorDetail
+class OpenAIError(msgspec.Struct):
+    """The body of an error response in OpenAI's format."""
+
+    error: OpenAIErrorDetail
 
 
 def error_body(
@@ -98,7 +102,8 @@ def error_body(
     param: str | None = None,
 ) -> bytes:
     """OpenAI's error object as JSON. Lone surrogates in ``message`` are replaced."""
-    return msgspec.json.encode(_ErrorBody(_ErrorDetail(_sendable(message), type, param, code)))
+    detail = OpenAIErrorDetail(_sendable(message), type, param, code)
+    return msgspec.json.encode(OpenAIError(detail))
 
 
 def model_not_found(model: str) -> BadRequest:
@@ -111,15 +116,33 @@ def model_not_found(model: str) -> BadRequest:
     )
 
 
-class _Detail(msgspec.Struct):
+class AnthropicErrorDetail(msgspec.Struct):
+    """What went wrong, as Anthropic's API describes it."""
+
     type: str
     message: str
 
 
-class _AnthropicBody(msgspec.Struct, kw_only=True):
-    type: str = "error"
-    error: _Detail
+class AnthropicError(msgspec.Struct, tag="error"):
+    """The body of an error response in Anthropic's format."""
+
+    error: AnthropicErrorDetail
     request_id: str | None
+
+
+class OllamaError(msgspec.Struct):
+    """The body of an error response in Ollama's format."""
+
+    error: str
+
+
+def error_format(path: str) -> type[OpenAIError | AnthropicError | OllamaError]:
+    """The format of the gateway's errors on a path (without a query)."""
+    if path.removeprefix(PREFIX).startswith(OLLAMA_PREFIX):
+        return OllamaError
+    if any(path == one or path.startswith(one + "/") for one in _MESSAGES_PATHS):
+        return AnthropicError
+    return OpenAIError
 
 
 def error_answer(
@@ -135,20 +158,30 @@ def error_answer(
         headers["Accept-Encoding"] = error.accepted
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"  # RFC 9110, section 15.5.2
-    path = origin_form(target).partition("?")[0]
-    if path.removeprefix(PREFIX).startswith(OLLAMA_PREFIX):
-        return msgspec.json.encode({"error": _sendable(error.message)}), headers
-    if not _speaks_anthropic(path):
+    answer_format = error_format(origin_form(target).partition("?")[0])
+    if answer_format is OllamaError:
+        return msgspec.json.encode(OllamaError(_sendable(error.message))), headers
+    if answer_format is OpenAIError:
         return error.body(), headers
     if request_id is not None:
         headers["request-id"] = request_id  # the header that Anthropic's clients read
     return _anthropic_body(error, request_id), headers
 
 
+def anthropic_type(status: int) -> str:
+    """The type of an error in Anthropic's format."""
+    default = "invalid_request_error" if status < 500 else "api_error"
+    return _ANTHROPIC_TYPES.get(status, default)
+
+
+def openai_type(status: int) -> str:
+    """The type of an error in OpenAI's format, if the error has no other."""
+    return "invalid_request_error" if status < 500 else "server_error"
+
+
 def _anthropic_body(error: BadRequest, request_id: str | None) -> bytes:
-    default = "invalid_request_error" if error.status < 500 else "api_error"
-    detail = _Detail(_ANTHROPIC_TYPES.get(error.status, default), _sendable(error.message))
-    return msgspec.json.encode(_AnthropicBody(error=detail, request_id=request_id))
+    detail = AnthropicErrorDetail(anthropic_type(error.status), _sendable(error.message))
+    return msgspec.json.encode(AnthropicError(detail, request_id))
 
 
 # -- errors in an event stream that has begun ------------------------------------------------------
@@ -223,7 +256,3 @@ def relay_error(
 def header_lines(headers: dict[str, str]) -> bytes:
     """Headers in wire format."""
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
-
-
-def _speaks_anthropic(path: str) -> bool:
-    return any(path == one or path.startswith(one + "/") for one in _MESSAGES_PATHS)

@@ -127,7 +127,8 @@ _GET = ("GET", "HEAD")
 _POST = ("POST",)
 
 
-def _methods(kind: Kind) -> tuple[str, ...]:
+def methods_of(kind: Kind) -> tuple[str, ...]:
+    """The methods of a route."""
     if kind is Kind.REALTIME or kind is Kind.STORED_RESPONSE:
         return ("GET",)
     return _GET if kind in _LOCAL and kind is not Kind.OLLAMA_SHOW else _POST
@@ -146,7 +147,7 @@ class RouteMatch(NamedTuple):
 _EXACT = {
     (method, path): RouteMatch(200, kind)
     for path, kind in route_table.items()
-    for method in _methods(kind)
+    for method in methods_of(kind)
 }
 
 
@@ -166,7 +167,7 @@ def classify(method: str, target: str) -> RouteMatch:
         kind, id = _with_id(path)
         if kind is None:
             return RouteMatch(404)
-    allow = _methods(kind)
+    allow = methods_of(kind)
     if method not in allow:
         return RouteMatch(405, allow=allow)
     return RouteMatch(200, kind, query, id)

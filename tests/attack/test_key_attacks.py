@@ -56,6 +56,7 @@ UNLISTED = [
     *("//healthz", "/healthz/", "/healthz/x", "/HEALTHZ", "/%68ealthz", "/./healthz", "/readyz;x"),
     *("/healthz%3fx", "/healthz/../v1/models", "/v1/models/../../healthz", "/api/pull"),
     *("/v1/chat/completions/", "//v1/chat/completions", "/openai//v1/models", "/v1/%6dodels"),
+    *("/openapi.json", "/openapi.json?x", "/openai/openapi.json", "//openapi.json"),
     *("*", "http://x/v1/models", "http://x/ui/", "http:///healthz/x", "/v1/models?/healthz"),
 ]
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"]

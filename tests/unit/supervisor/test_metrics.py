@@ -5,6 +5,7 @@ import math
 import re
 import time
 
+import promql_parser
 import pytest
 from fakes.limited_keys import Rows
 from prometheus_client.openmetrics import parser as openmetrics
@@ -214,13 +215,46 @@ def test_exactly_the_existing_metrics_are_documented(replica):
     )
     body, _ = asyncio.run(metrics.scrape(""))
     families = text_string_to_metric_families(body.decode())
-    ours = {
-        family.name + ("_total" if family.type == "counter" else "")
-        for family in families
-        if family.name.startswith("kubeai_")
-    }
-    table = (REPOSITORY / "docs/reference/metrics.md").read_text()
-    assert set(re.findall(r"^\| `(kubeai_\w+)`", table, re.MULTILINE)) == ours
+    ours = {each.name + SUFFIX.get(each.type, ""): each for each in families}
+    ours = {name: each for name, each in ours.items() if name.startswith("kubeai_")}
+    described = dict(documented())
+    assert described.keys() == ours.keys()
+    for name, family in ours.items():
+        kind, labels = described[name]
+        assert kind == family.type, name
+        for sample in family.samples:
+            assert set(sample.labels) - {"le"} == labels, name
+
+
+SUFFIX = {"counter": "_total"}
+PAGE = (REPOSITORY / "docs/reference/metrics.md").read_text()
+
+
+def documented():
+    """Each metric of docs/reference/metrics.md: its name, its type and its labels."""
+    for section in re.split("^## ", PAGE, flags=re.MULTILINE):
+        common = {"stream", "requests_url"} if section.startswith("Messages") else set()
+        for row in re.findall(r"^\| `(kubeai_\w+)` \| (\w+) \|([^|]*)\|", section, re.MULTILINE):
+            name, kind, labels = row
+            yield name, (kind, common | set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", labels))))
+
+
+def test_every_metric_is_in_a_query_that_prometheus_can_read():
+    asked = set()
+    described = dict(documented())
+    rows = PAGE.split("## Queries")[1]
+    queries = re.findall(r"^\| [^|]* \| `(.*?)` \| [^|]*\|$", rows, re.MULTILINE)
+    assert len(queries) == rows.count("\n|") - 2
+    for query in queries:
+        query = query.replace("\\|", "|")
+        promql_parser.parse(query)
+        for name in re.findall(r"kubeai_\w+", query):
+            family = re.sub("_(bucket|sum|count)$", "", name)
+            asked.add(name if name in described else family)
+        for label in re.findall(r"by \((.*?)\)|[{,](\w+)=", query):
+            known = set().union(*(labels for _, labels in described.values()), {"pod", "le"})
+            assert set(re.split(", ", "".join(label))) <= known, query
+    assert asked == described.keys()
 
 
 def test_requests_of_keys_are_shown_once_they_were_counted(replica):

@@ -1,0 +1,92 @@
+"""docs/reference/troubleshooting.md has a row for each reason in the code, and no others."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+from fakes.reasons import reasons
+from repository import REPOSITORY
+
+from kubeai.local import unserved
+from kubeai.operator import blocks, keys
+from kubeai.operator.conditions import OURS
+
+PAGE = (REPOSITORY / "docs/reference/troubleshooting.md").read_text()
+OF_MODELS = (
+    "States of a Model",
+    "Problems of a Model",
+    "Problems of a pod",
+    "Caches",
+    "Adapters",
+    "Aliases and fallbacks",
+)
+LOCAL = ("Process kubelet", "Jobs")
+REASON = re.compile(r"`([A-Za-z]+)`")
+
+
+def sections() -> dict[str, dict[str, list[str]]]:
+    """Section → reason → the other cells of its row."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]:
+        rows = found.setdefault(part.splitlines()[0], {})
+        for line in part.splitlines():
+            cells = [cell.strip() for cell in line.split("|")[1:-1]]
+            for reason in REASON.findall(cells[0]) if cells else ():
+                assert reason not in rows, reason
+                rows[reason] = cells[1:]
+    return found
+
+
+SECTIONS = sections()
+
+
+def rows(*titles: str) -> set[str]:
+    return {reason for title in titles for reason in SECTIONS[title]}
+
+
+def test_every_reason_of_the_operator_has_a_row_and_nothing_else_has():
+    code = reasons("operator", "podspec", "supervisor", "api")
+    code |= blocks.AT_ONCE | blocks.NEEDS_NODE | blocks.STARTS_AGAIN | blocks.CACHE_FAILED
+    code |= {keys.UNUSABLE, keys.DUPLICATE, blocks.ADAPTERS_FAILED}
+    # Reasons of Kubernetes that the operator treats in a special way.
+    code |= blocks.POD_AT_ONCE - reasons("local/kubelet")
+    assert {"ScaledToZero", "PodRefused", "ServiceRefused"} <= code  # it finds some
+    assert rows(*OF_MODELS, "Events") == code | {unserved.REASON}
+
+
+def test_every_reason_of_the_process_kubelet_and_the_job_controller_has_a_row():
+    code = reasons("local/kubelet", "local/jobs") - reasons()
+    assert {"EngineNotInstalled", "MountError", "BackoffLimitExceeded"} <= code
+    assert rows(*LOCAL) == code
+
+
+def pairs() -> set[tuple[str, str]]:
+    """Type and reason of the conditions that conditions.py writes as constants."""
+    tree = ast.parse((REPOSITORY / "kubeai/operator/conditions.py").read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_condition":
+            type_, _, reason = node.args[:3]
+            if isinstance(type_, ast.Constant) and isinstance(reason, ast.Constant):
+                found.add((type_.value, reason.value))
+    return found
+
+
+def test_a_row_names_the_conditions_that_may_have_its_reason():
+    assert ("Ready", "ScaledToZero") in pairs()
+    for type_, reason in pairs():
+        cells = [SECTIONS[title][reason] for title in OF_MODELS if reason in SECTIONS[title]]
+        assert any(type_ in found[0].split(", ") for found in cells), (type_, reason)
+    for title in OF_MODELS:
+        for reason, cells in SECTIONS[title].items():
+            assert set(cells[0].split(", ")) <= set(OURS), (title, reason)
+
+
+@pytest.mark.parametrize("title", [*OF_MODELS, "Events", *LOCAL])
+def test_each_row_says_what_it_means_and_what_to_do(title):
+    for reason, cells in SECTIONS[title].items():
+        assert len(cells) == 3, reason
+        assert all(cells), reason
+        assert not any(cell.endswith(".") for cell in cells), reason
