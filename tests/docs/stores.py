@@ -6,8 +6,8 @@ prints the variables by which programs find them (``HF_ENDPOINT=http://127.0.0.1
 ``AWS_ENDPOINT_URL=…``), one a line, and serves until its stdin ends.
 
 The hub has every repository, with files of a few bytes. Those of the owner ``acme`` are private:
-they need the token ``hf_acme``. The bucket store is moto's. It has the bucket ``acme-models`` with
-a model below ``llama/`` and an adapter below ``adapters/law/``.
+they need the token ``hf_acme``. The bucket store is moto's. Its bucket ``acme-models`` has a model
+below ``llama/``, which needs some credentials, and a public adapter below ``adapters/support/``.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def fill(endpoint: str) -> None:
     keys = {"aws_access_key_id": "any", "aws_secret_access_key": "any"}
     client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
     client.create_bucket(Bucket=BUCKET)
-    for folder in ("llama", "adapters/law"):
+    for folder, acl in (("llama", "private"), ("adapters/support", "public-read")):
         for name, content in FILES.items():
-            client.put_object(Bucket=BUCKET, Key=f"{folder}/{name}", Body=content)
+            client.put_object(Bucket=BUCKET, Key=f"{folder}/{name}", Body=content, ACL=acl)
 
 
 async def serve() -> None:
