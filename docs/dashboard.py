@@ -43,6 +43,8 @@ STEP_S = 5
 RATE_INTERVAL = "30s"
 READY_TIMEOUT_S = 60
 LINES_MAX = 8
+LEGEND_MAX = 6  # lines
+Line = tuple[str, list[float], list[float]]  # name, minutes, values
 # The most concurrent clients of each Model, from the first minute to the last.
 CLIENTS = {"chat": [4, 30, 90, 90, 30, 8], "coder": [0, 12, 24, 40, 24, 6]}
 UNITS = {"s": "s", "percentunit": "%", "bytes": "MiB"}
@@ -196,8 +198,8 @@ async def send_load(keys: list[str], folder: Path, env: dict[str, str], minute_s
 # -- what is drawn ---------------------------------------------------------------------------------
 
 
-def lines_of(target: dict[str, Any], start: float, end: float) -> list[tuple[str, Any, Any]]:
-    """Name, minutes and values of a query's series."""
+def lines_of(target: dict[str, Any], start: float, end: float) -> list[Line]:
+    """The series of a query that are not 0 throughout."""
     query = target["expr"].replace("$__rate_interval", RATE_INTERVAL).replace("$model", ".*")
     options = {"query": query, "start": f"{start}", "end": f"{end}", "step": f"{STEP_S}"}
     answer = json.loads(get(f"{PROMETHEUS}/api/v1/query_range?{urllib.parse.urlencode(options)}"))
@@ -207,48 +209,51 @@ def lines_of(target: dict[str, Any], start: float, end: float) -> list[tuple[str
         fill = lambda match, labels=labels: labels.get(match[1], "")  # noqa: E731
         name = re.sub(r"\{\{\s*(\w+)\s*\}\}", fill, target.get("legendFormat", ""))
         values = [(float(at), float(value)) for at, value in series["values"]]
-        found.append((name, [(at - start) / 60 for at, _ in values], [v for _, v in values]))
+        if any(value > 0 for _, value in values):
+            found.append((name, [(at - start) / 60 for at, _ in values], [v for _, v in values]))
     return sorted(found, key=lambda line: line[0])[:LINES_MAX]
 
 
-def draw_panel(axes: Axes, panel: dict[str, Any], start: float, end: float) -> None:
+def draw_panel(axes: Axes, panel: dict[str, Any], lines: list[Line], minutes: float) -> None:
     """One panel, with its title, unit and lines."""
     defaults = panel["fieldConfig"]["defaults"]
     unit = defaults.get("unit", "short")
     stacked = defaults["custom"].get("stacking", {}).get("mode") == "normal"
-    lines = [line for target in panel["targets"] for line in lines_of(target, start, end)]
     scale = SCALES.get(unit, 1.0)
     below: dict[float, float] = {}
-    for name, minutes, values in lines:
+    for name, times, values in lines:
         scaled = [value * scale for value in values]
         if not stacked:
-            axes.plot(minutes, scaled, label=name, linewidth=1.2)
+            axes.plot(times, scaled, label=name, linewidth=1.2)
             continue
-        bottom = [below.get(at, 0.0) for at in minutes]
+        bottom = [below.get(at, 0.0) for at in times]
         top = [low + value for low, value in zip(bottom, scaled, strict=True)]
-        axes.fill_between(minutes, bottom, top, label=name, alpha=0.6, linewidth=0.8)
-        below.update(zip(minutes, top, strict=True))
+        axes.fill_between(times, bottom, top, label=name, alpha=0.6, linewidth=0.8)
+        below.update(zip(times, top, strict=True))
     title = panel["title"] + (f" ({UNITS[unit]})" if unit in UNITS else "")
     axes.set_title(title, loc="left")
-    axes.set_xlim(0, (end - start) / 60)
+    axes.set_xlim(0, minutes)
     axes.set_ylim(bottom=0)
-    if lines:
-        axes.legend(loc="upper left", fontsize=6.5, frameon=False, ncols=1 + (len(lines) > 4))
+    if len(lines) <= LEGEND_MAX:
+        legend = axes.legend(loc="upper left", fontsize=6.5, frameon=False)
+        legend.set_in_layout(False)
 
 
 def draw(name: str, rows: list[str], start: float, end: float) -> None:
-    """A picture with the panels of these rows of the dashboard."""
+    """A picture with the panels of these rows of the dashboard, but for those without data."""
     row, panels = "", []
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         if panel["type"] == "row":
             row = panel["title"]
         elif row in rows:
-            panels.append(panel)
+            lines = [line for target in panel["targets"] for line in lines_of(target, start, end)]
+            if lines:
+                panels.append((panel, lines))
     with plt.rc_context(STYLE):
         count = -(-len(panels) // 3)
         figure, axes = plt.subplots(count, 3, figsize=(11, 2.3 * count), squeeze=False)
-        for each, panel in zip(axes.flat, panels, strict=False):
-            draw_panel(each, panel, start, end)
+        for each, (panel, lines) in zip(axes.flat, panels, strict=False):
+            draw_panel(each, panel, lines, (end - start) / 60)
         for each in list(axes.flat)[len(panels) :]:
             each.set_visible(False)
         for each in axes[-1]:

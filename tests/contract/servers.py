@@ -263,11 +263,16 @@ def real(directory: Path, *options: str, accounts: Sequence[str] = ()):
             tokens,
         )
         wait_until(
-            lambda: _takes_services(server),
+            lambda: _is_healthy(server) and _takes_services(server),
             "kube-apiserver is ready",
             directory / "kube-apiserver.log",
         )
         yield server
+
+
+def _is_healthy(server: ApiServer) -> bool:
+    """The controller-manager gives up after waiting for this for 10 s."""
+    return server.request("GET", "/healthz")[0] == 200
 
 
 def _takes_services(server: ApiServer) -> bool:
