@@ -35,7 +35,7 @@ from fakes.authority import Authority
 
 from kubeai.local.apiserver import credentials
 
-START_TIMEOUT_S = 45.0
+START_TIMEOUT_S = 120.0  # of a machine that is busy with other things
 KUBELET_CLIENT = "kube-apiserver-kubelet-client"
 KWOK_LABEL = "kubeai.org/played-by-kwok"
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok")
