@@ -1,7 +1,7 @@
 """Trace files: the requests of a real service, with their times and lengths but mostly no text.
 
 The formats are those of Mooncake's and Qwen-Bailian's published traces, with the field names that
-Dynamo and AIPerf also accept; docs/how-to/load-test.md describes them. The format of a line, and
+Dynamo and AIPerf also accept; docs/reference/bench.md describes them. The format of a line, and
 with it the unit of its ``timestamp``, follows from its fields. Used by ``kubeai.loadtest``.
 
 The text is generated per request on demand, since that of an hour would be gigabytes. It depends

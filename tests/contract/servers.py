@@ -35,7 +35,7 @@ from fakes.authority import Authority
 
 from kubeai.local.apiserver import credentials
 
-START_TIMEOUT_S = 45.0
+START_TIMEOUT_S = 120.0  # of a machine that is busy with other things
 KUBELET_CLIENT = "kube-apiserver-kubelet-client"
 KWOK_LABEL = "kubeai.org/played-by-kwok"
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok")
@@ -263,11 +263,16 @@ def real(directory: Path, *options: str, accounts: Sequence[str] = ()):
             tokens,
         )
         wait_until(
-            lambda: _takes_services(server),
+            lambda: _is_healthy(server) and _takes_services(server),
             "kube-apiserver is ready",
             directory / "kube-apiserver.log",
         )
         yield server
+
+
+def _is_healthy(server: ApiServer) -> bool:
+    """The controller-manager gives up after waiting for this for 10 s."""
+    return server.request("GET", "/healthz")[0] == 200
 
 
 def _takes_services(server: ApiServer) -> bool:

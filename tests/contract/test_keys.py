@@ -18,7 +18,7 @@ from kubeai.kube.resources import EVENTS, SECRETS
 from kubeai.operator import events
 
 KEYS = CONFIG + "gateway: {keys: {required: true}}\n"
-EFFECTIVE_MAX_S = 1.0  # what docs/how-to/keys.md promises for a change
+EFFECTIVE_MAX_S = 1.0  # what docs/reference/keys.md promises for a change
 
 
 def secret(name, key="", **annotations):

@@ -25,7 +25,8 @@ DESCRIPTION_MAX_CHARS = 150
 SURROUNDINGS = ("local", "cluster", "none")
 # What a page may start itself, by the value of `commands`.
 STARTS = {"local": {"kubeai local"}, "cluster": {"chart", "port-forward"}, "none": set()}
-NEEDS = {"charts", "examples"}
+FOLDERS, STORES = {"charts", "examples"}, "stores"
+NEEDS = {*FOLDERS, STORES}
 OURS = {"description", "commands", "starts", "needs"}
 THEMES = {"hide", "icon", "search", "status", "tags", "template", "title"}
 COMMENT = re.compile(r"<!--\s*(not run|run|output|background)\s*(?::(.*?))?-->\s*\Z", re.DOTALL)

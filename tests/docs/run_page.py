@@ -21,7 +21,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "contract"), str(TESTS / "docs")]
 
-from doc_pages import DOCS, Page, PageError, read_page  # noqa: E402
+from doc_pages import DOCS, FOLDERS, Page, PageError, read_page  # noqa: E402
 from page_script import durations, run_steps  # noqa: E402
 from repository import REPOSITORY  # noqa: E402
 from servers import assets  # noqa: E402
@@ -57,7 +57,7 @@ def _run_in(folder: Path, page: Page, begun: float, *, times: bool) -> int:
     home, work, steps = (folder / name for name in ("home", "work", "steps"))
     for each in (home, work, steps, folder / "tmp"):
         each.mkdir()
-    for name in page.needs:
+    for name in page.needs & FOLDERS:
         shutil.copytree(REPOSITORY / name, work / name)
     surroundings = SURROUNDINGS[page.commands](folder, page, _environment(folder))
     try:

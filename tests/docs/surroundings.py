@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import yaml
-from doc_pages import Page
+from doc_pages import STORES, Page
 from kubelets import Kubelet
 from repository import REPOSITORY
 from servers import ApiServer, cluster
@@ -46,10 +48,13 @@ class Surroundings:
 
     def __init__(self, folder: Path, page: Page, environment: dict[str, str]) -> None:
         self.folder, self.page, self.environment = folder, page, environment
+        self.stores: dict[str, str] = {}  # variables by which programs find the stores
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Surroundings:
         with contextlib.ExitStack() as stack:
+            if STORES in self.page.needs:
+                self._start_stores(stack)
             self.start(stack)
             self._stack = stack.pop_all()
         return self
@@ -59,6 +64,22 @@ class Surroundings:
 
     def start(self, stack: contextlib.ExitStack) -> None:
         """Start everything; ``stack`` stops it."""
+
+    def _start_stores(self, stack: contextlib.ExitStack) -> None:
+        """Start the hub and the buckets of stores.py; loaders and the page's shell use them."""
+        command = [sys.executable, str(Path(__file__).with_name("stores.py"))]
+        log = stack.enter_context((self.folder / "stores.log").open("wb"))
+        process = stack.enter_context(
+            subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=log, text=True)
+        )
+        stack.callback(process.terminate)
+        assert process.stdout is not None
+        lines = [process.stdout.readline().strip() for _ in range(2)]
+        assert all(lines), f"the stores did not start: {(self.folder / 'stores.log').read_text()}"
+        # A loader must not look for credentials of a cloud's node.
+        self.stores = dict(line.split("=", 1) for line in lines)
+        self.stores["AWS_EC2_METADATA_DISABLED"] = "true"
+        self.environment |= self.stores
 
     def logs(self) -> list[tuple[str, Path]]:
         """Name and log of each program."""
@@ -158,7 +179,7 @@ class Cluster(Surroundings):
         kubelet = Kubelet(
             server, kubeconfig, self.folder / "node", "gpu-node", *options, bind=False
         )
-        kubelet.start()
+        kubelet.start("env", *(f"{name}={value}" for name, value in self.stores.items()))
         try:
             yield
         finally:

@@ -17,7 +17,7 @@ from kubeai.client import keys
 from kubeai.client.keys import NewKey
 
 ARGS = ("--decode-tokens-per-second=40", "--max-batch=8")
-REVOKED_MAX_S = 1.0  # docs/how-to/keys.md
+REVOKED_MAX_S = 1.0  # docs/reference/keys.md
 
 
 @pytest.fixture

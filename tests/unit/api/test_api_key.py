@@ -231,9 +231,9 @@ def test_the_older_of_two_secrets_sorts_first_and_names_decide_between_equals():
     assert [meta.name for meta in sorted(metas, key=age)] == ["b", "a", "c"]
 
 
-# -- docs/how-to/keys.md ---------------------------------------------------------------------------
+# -- docs/reference/keys.md ---------------------------------------------------------------------------
 
-DOCS = (REPOSITORY / "docs/how-to/keys.md").read_text()
+DOCS = (REPOSITORY / "docs/reference/keys.md").read_text()
 
 
 def test_the_docs_list_every_annotation_and_entry():

@@ -1,0 +1,138 @@
+"""The manifests, values and configs that the documentation shows are accepted by what they are for.
+
+All pages: each Model passes the API's validation and gives a pod, each block of Helm values passes
+the chart's schema, and each system config loads.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jsonschema_rs
+import pytest
+import yaml
+from repository import REPOSITORY
+
+from kubeai.api.config.system import SystemConfig, parse_config
+from kubeai.api.crd import model_crd
+from kubeai.api.model import API_VERSION, decode_model
+from kubeai.local.apiserver.schema.structural import Schema
+from kubeai.podspec import build_pod
+
+DOCS, CHARTS = REPOSITORY / "docs", REPOSITORY / "charts"
+FENCE = re.compile(r"^( *)```\{? ?\.?ya?ml\b([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+TITLE = re.compile(r'title="([^"]+)"')
+MODEL = Schema(model_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+# What a block that shows only a part of a spec is completed with.
+BASE = {"url": "hf://org/name", "engine": "VLLM", "features": ["TextGeneration"]}
+PROFILES = "resourceProfiles", "cacheProfiles", "modelServers"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A YAML document in a page. ``line`` is that of its fence."""
+
+    page: str
+    line: int
+    title: str
+    value: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+@cache
+def schema(chart: str) -> dict[str, Any]:
+    """The schema of a chart's values."""
+    return json.loads((CHARTS / chart / "values.schema.json").read_text())
+
+
+@cache
+def defaults(file: str) -> dict[str, Any]:
+    """Values that the chart kubeai has in a file."""
+    return yaml.safe_load((CHARTS / "kubeai" / file).read_text())
+
+
+def blocks() -> Iterator[Block]:
+    """All YAML documents that are maps, of all pages."""
+    for path in sorted(DOCS.rglob("*.md")):
+        page = path.relative_to(REPOSITORY).as_posix()
+        text = path.read_text()
+        for found in FENCE.finditer(text):
+            indent, info, body = found.groups()
+            line = text.count("\n", 0, found.start()) + 1
+            body = re.sub(rf"^{indent}", "", body, flags=re.MULTILINE)
+            title = TITLE.search(info)
+            for value in yaml.safe_load_all(body):
+                if isinstance(value, dict):
+                    yield Block(page, line, title[1] if title else "", value)
+
+
+def kind_of(block: Block) -> str:
+    """`model`, `spec`, `config`, a chart's name, or nothing if it is not KubeAI's."""
+    value, name = block.value, block.title.rsplit("/", 1)[-1]
+    if value.get("apiVersion") == API_VERSION:
+        return "model"
+    if "kind" in value:
+        return ""
+    if value.keys() == {"spec"}:
+        return "spec"
+    if "config" in name:
+        return "config"
+    for chart in ("models", "kubeai"):
+        if value.keys() <= schema(chart)["properties"].keys() or "values" in name:
+            return "models" if "catalog" in value else "kubeai"
+    return ""
+
+
+BLOCKS = list(blocks())
+MODELS = [block for block in BLOCKS if kind_of(block) in ("model", "spec")]
+VALUES = [block for block in BLOCKS if kind_of(block) in ("kubeai", "models")]
+CONFIGS = [block for block in BLOCKS if kind_of(block) == "config"]
+
+
+@cache
+def config_of(page: str) -> SystemConfig:
+    """The system config with the profiles of the chart, its cloud files, and the page's blocks."""
+    merged: dict[str, Any] = {key: {} for key in PROFILES}
+    files = [defaults("values.yaml"), defaults("values-eks.yaml"), defaults("values-gke.yaml")]
+    shown = [block.value for block in VALUES + CONFIGS if block.page == page]
+    for values in files + shown:
+        for key in PROFILES:
+            for name, value in (values.get(key) or {}).items():
+                merged[key][name] = {**merged[key].get(name, {}), **value}
+    return parse_config(yaml.safe_dump(merged))
+
+
+def test_the_pages_have_blocks_of_each_kind():
+    assert len(MODELS) > 20
+    assert VALUES
+
+
+@pytest.mark.parametrize("block", MODELS, ids=str)
+def test_every_model_of_a_page_is_accepted_and_gives_a_pod(block):
+    manifest = copy.deepcopy(block.value)
+    if kind_of(block) == "spec":
+        metadata = {"apiVersion": API_VERSION, "kind": "Model", "metadata": {"name": "m"}}
+        manifest = metadata | {"spec": BASE | manifest["spec"]}
+    assert MODEL.prune(manifest) == [], "unknown fields"
+    MODEL.default(manifest)
+    assert [str(cause) for cause in MODEL.validate(manifest)] == []
+    assert build_pod(decode_model(manifest), config_of(block.page))
+
+
+@pytest.mark.parametrize("block", VALUES, ids=str)
+def test_all_helm_values_of_a_page_pass_the_charts_schema(block):
+    errors = jsonschema_rs.validator_for(schema(kind_of(block))).iter_errors(block.value)
+    assert [f"{error.instance_path}: {error.message}" for error in errors] == []
+
+
+@pytest.mark.parametrize("block", CONFIGS, ids=str)
+def test_every_system_config_of_a_page_loads(block):
+    assert parse_config(yaml.safe_dump(block.value))
