@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -109,8 +109,7 @@ def read_page(name: str) -> Page:
 
 def parse_page(name: str, text: str) -> Page:
     """The page with this text; raises PageError."""
-    parser = MarkdownIt().use(front_matter_plugin).enable("table").disable("code")
-    tokens = parser.parse(text)
+    tokens = markdown_tokens(text)
     if not tokens or tokens[0].type != "front_matter":
         raise PageError(name, 1, "no front matter")
     front = _front_matter(name, tokens[0].content)
@@ -125,6 +124,11 @@ def parse_page(name: str, text: str) -> Page:
     return page
 
 
+def markdown_tokens(text: str) -> list[Token]:
+    """The tokens of a page, with those in content tabs and admonitions."""
+    return MarkdownIt().use(front_matter_plugin).enable("table").disable("code").parse(text)
+
+
 def _front_matter(page: str, text: str) -> dict[str, Any]:
     try:
         front = yaml.safe_load(text)
@@ -132,6 +136,11 @@ def _front_matter(page: str, text: str) -> dict[str, Any]:
         raise PageError(page, 1, f"front matter: {error}") from None
     if not isinstance(front, dict):
         raise PageError(page, 1, "front matter is no mapping")
+    return check_front_matter(page, front)
+
+
+def check_front_matter(page: str, front: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are ours; raises PageError."""
     if unknown := front.keys() - OURS - THEMES:
         raise PageError(page, 1, f"unknown in front matter: {', '.join(sorted(unknown))}")
     description, commands = front.get("description"), front.get("commands")
@@ -153,7 +162,7 @@ def _front_matter(page: str, text: str) -> dict[str, Any]:
     }
 
 
-def _choices(page: str, front: dict[str, Any], key: str, known: set[str]) -> frozenset[str]:
+def _choices(page: str, front: Mapping[str, Any], key: str, known: set[str]) -> frozenset[str]:
     """A value, or a list of them."""
     given = front.get(key, [])
     values = given if isinstance(given, list) else [given]
