@@ -6,7 +6,8 @@ CORE := $(shell find kubeai -name '*.pyx' -o -name '*.pxd')
 
 .DEFAULT_GOAL := help
 .PHONY: help build run test browser coverage check screenshots bench bench-routing \
-	bench-headline demo real-engines asan soak docs docs-serve docs-version reference clean
+	bench-headline demo real-engines asan soak docs docs-serve docs-version reference bench-shares \
+	clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -138,6 +139,9 @@ bench: .venv/installed-test  ## run all benchmarks and write docs/explain/perfor
 
 bench-routing: .venv/installed-test  ## compare the strategies on simulated engines; TRACE=FILE
 	$(BIN)/python bench/routing.py $(if $(TRACE),--trace $(TRACE))
+
+bench-shares: .venv/installed-test  ## compare the strategies by how much of a prompt was sent before
+	$(BIN)/python bench/shares.py
 
 bench-headline: .venv/installed-test  ## simulate the gain of prefix routing
 	$(BIN)/python bench/headline.py

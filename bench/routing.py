@@ -1,6 +1,6 @@
 """Compare the strategies on simulated engines.
 
-Writes bench/results/routing.json and docs/explain/routing.md.
+Writes bench/results/routing.json, docs/explain/routing.md and the data of its plot.
 
     python bench/routing.py [--trace FILE] [--full] [--plots] [--check]        # make bench-routing
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import plot_data
 from pages import filled, plot
 
 from kubeai.simulation.cluster import simulate
@@ -301,6 +302,7 @@ def write(figures: list[Figures], judged: list[tuple[bool, str]]) -> None:
     met = f"{len(judged) - len(missed)} of {len(judged)} criteria are met. Missed:"
     page = filled(page, "criteria", [met, "", *(missed or ["- none"])])
     PAGE.write_text(page)
+    plot_data.write()
 
 
 # -- plots -----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     startup_delay_s: float = 0.0
     max_model_len: int = MAX_MODEL_LEN
     reply_tokens: int = 48  # mean length of replies without a limit; varies by ±50 %
+    end_early: bool = False  # whether replies with a limit end by themselves
     die_after_requests: int = 0  # 0: never
     fail_every: int = 0  # 0: never
     config: EngineConfig = EngineConfig()
@@ -79,6 +80,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
         startup_delay_s=found.startup_delay,
         max_model_len=length,
         reply_tokens=found.reply_tokens,
+        end_early=found.end_early,
         die_after_requests=found.die_after_requests,
         fail_every=found.fail_every,
         config=config,
@@ -126,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
         help="context length (default: 32768, or what the KV cache holds)")  # fmt: skip
     add("--reply-tokens", type=_whole(1, 1 << 20), default=48,
         help="mean reply length without max_tokens; varies by half (default: 48)")  # fmt: skip
+    add("--end-early", action="store_true",
+        help="end replies after about --reply-tokens although max_tokens allows more")  # fmt: skip
     add("--die-after-requests", type=_whole(0, 1 << 31), default=0, metavar="N",
         help="kill the process at the request after the Nth; 0: never")  # fmt: skip
     add("--fail-every", type=_whole(0, 1 << 31), default=0, metavar="N",

@@ -187,6 +187,7 @@ class MockEngine:
             limit=generation.limit,
             room=room,
             typical=self.options.reply_tokens,
+            end_early=self.options.end_early,
             stops=generation.stops,
             salt=adapter,
         )

@@ -136,6 +136,7 @@ def reply(
     limit: int | None,
     room: int = 1 << 20,
     typical: int = 48,
+    end_early: bool = False,
     stops: Sequence[str] = (),
     salt: str = "",
 ) -> Reply:
@@ -143,10 +144,12 @@ def reply(
 
     With a ``limit``, the reply has that many tokens (finish "length"). Without one, it has
     ``typical`` tokens ±50 % (finish "stop"), or fewer if the ``room`` in the context is smaller.
-    The first occurrence of any of ``stops`` ends it.
+    With ``end_early``, it has the smaller of both, as a model's replies do. The first occurrence of any of ``stops`` ends it.
     """
     source = random.Random(mmh3.hash_bytes(prompt) + salt.encode())
     natural = source.randint(max(1, typical // 2), max(1, typical + typical // 2))
+    if end_early and limit is not None and limit >= natural:
+        limit = None
     tokens = min(natural if limit is None else limit, room)
     finish: Literal["stop", "length"] = "length" if limit or tokens < natural else "stop"
     text = _FIRST_WORD + words(source, tokens - 1)

@@ -27,7 +27,7 @@ SURROUNDINGS = ("local", "cluster", "none")
 STARTS = {"local": {"kubeai local"}, "cluster": {"chart", "port-forward"}, "none": set()}
 FOLDERS, STORES = {"charts", "examples"}, "stores"
 NEEDS = {*FOLDERS, STORES}
-OURS = {"description", "commands", "starts", "needs"}
+OURS = {"description", "commands", "starts", "needs", "pip", "npm"}
 THEMES = {"hide", "icon", "search", "status", "tags", "template", "title"}
 COMMENT = re.compile(r"<!--\s*(not run|run|output|background)\s*(?::(.*?))?-->\s*\Z", re.DOTALL)
 # A comment that begins like one of ours, or is misspelt.
@@ -88,6 +88,8 @@ class Page:
     commands: str
     starts: frozenset[str]
     needs: frozenset[str]
+    pip: tuple[str, ...]
+    npm: tuple[str, ...]
     steps: tuple[Step, ...]
 
     @property
@@ -156,6 +158,8 @@ def check_front_matter(page: str, front: Mapping[str, Any]) -> dict[str, Any]:
         "commands": commands,
         "starts": _choices(page, front, "starts", STARTS[commands]),
         "needs": _choices(page, front, "needs", NEEDS),
+        "pip": _packages(page, front, "pip"),
+        "npm": _packages(page, front, "npm"),
     }
 
 
@@ -168,6 +172,13 @@ def _choices(page: str, front: Mapping[str, Any], key: str, known: set[str]) -> 
             allowed = ", ".join(sorted(known)) or "nothing"
             raise PageError(page, 1, f"{key}: {value!r}; allowed with these commands: {allowed}")
     return frozenset(values)
+
+
+def _packages(page: str, front: dict[str, Any], key: str) -> tuple[str, ...]:
+    given = front.get(key, [])
+    if not isinstance(given, list) or not all(isinstance(each, str) for each in given):
+        raise PageError(page, 1, f"{key}: a list of packages")
+    return tuple(given)
 
 
 class _Reader:

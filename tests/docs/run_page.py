@@ -21,6 +21,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "contract"), str(TESTS / "docs")]
 
+import packages  # noqa: E402
 from doc_pages import DOCS, FOLDERS, Page, PageError, read_page  # noqa: E402
 from page_script import durations, run_steps  # noqa: E402
 from repository import REPOSITORY  # noqa: E402
@@ -35,7 +36,8 @@ COLUMNS = "100"
 
 
 def command(name: str, *options: str) -> list[str]:
-    """The command that runs the page docs/<name> in new namespaces."""
+    """The command that runs the page docs/<name> in new namespaces; first downloads packages."""
+    packages.prepare(read_page(name))
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     program = [sys.executable, str(Path(__file__).resolve()), INSIDE, name, *options]
     return ["unshare", *user, *NAMESPACES, "--", *program]
@@ -59,7 +61,10 @@ def _run_in(folder: Path, page: Page, begun: float, *, times: bool) -> int:
         each.mkdir()
     for name in page.needs & FOLDERS:
         shutil.copytree(REPOSITORY / name, work / name)
-    surroundings = SURROUNDINGS[page.commands](folder, page, _environment(folder))
+    environment = _environment(folder)
+    if (downloaded := packages.prepare(page)) is not None:  # here already, see `command`
+        environment |= packages.environment(downloaded)
+    surroundings = SURROUNDINGS[page.commands](folder, page, environment)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(surroundings)

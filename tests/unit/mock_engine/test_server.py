@@ -37,6 +37,18 @@ async def test_a_chat_response_has_usage_and_is_the_same_for_the_same_messages(s
     assert first.id.startswith("chatcmpl-")
 
 
+async def test_replies_end_before_their_limit_if_the_engine_ends_early():
+    body = {"model": "m", "messages": HELLO, "max_tokens": 900}
+    async with serving(*FAST, "--reply-tokens", "8", "--end-early") as served:
+        status, answer = await served.post("/v1/messages", body)
+        _, cut = await served.post("/v1/messages", body | {"max_tokens": 2})
+    assert status == 200
+    assert answer["stop_reason"] == "end_turn"
+    assert 4 <= answer["usage"]["output_tokens"] <= 12
+    assert cut["stop_reason"] == "max_tokens"
+    assert cut["usage"]["output_tokens"] == 2
+
+
 async def test_a_chat_without_a_token_limit_ends_by_itself(served):
     answer = await served.client.chat.completions.create(model="m", messages=HELLO)
     assert answer.choices[0].finish_reason == "stop"
