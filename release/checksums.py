@@ -33,9 +33,8 @@ def build(out: Path, key: str | None = None) -> list[Path]:
 
 def check(out: Path) -> None:
     """Refuse a list that misses a file, names a missing one, or has another checksum."""
-    listed = dict(
-        reversed(line.split("  ", 1)) for line in (out / NAME).read_text().splitlines()
-    )
+    lines = (line.split("  ", 1) for line in (out / NAME).read_text().splitlines())
+    listed = {name: digest for digest, name in lines}
     found = {path.relative_to(out).as_posix(): sha256(path) for path in files(out)}
     wrong = sorted(
         name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name)

@@ -32,9 +32,7 @@ def environment(epoch: int, **more: str) -> dict[str, str]:
     }
 
 
-def run(
-    command: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str] | None = None
-) -> str:
+def run(command: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str] | None = None) -> str:
     """Run a command and return its stdout. A failure is a ReleaseError with the last lines."""
     done = subprocess.run(
         [str(each) for each in command],
@@ -91,6 +89,4 @@ def differences(one: Path, other: Path) -> list[str]:
         }
 
     left, right = hashes(one), hashes(other)
-    return sorted(
-        name for name in left.keys() | right.keys() if left.get(name) != right.get(name)
-    )
+    return sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))

@@ -9,6 +9,7 @@ sources (assembly, tiers of support) and in ``HAVE_USABLE_WCHAR_T``, which chang
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 from release.errors import ReleaseError
 
 ASK = (
-    "import sysconfig as s; print(s.get_python_version(), bool(s.get_config_var('Py_GIL_DISABLED')));"
+    "import sysconfig as s;"
+    "print(s.get_python_version(), bool(s.get_config_var('Py_GIL_DISABLED')));"
     "print(s.get_path('include')); print(s.get_config_h_filename())"
 )
 
@@ -59,3 +61,13 @@ def stage(version: str, target: Path) -> Path:
     shutil.copytree(include, target)
     shutil.copyfile(config, target / "pyconfig.h")
     return target
+
+
+def release(version: str) -> str:
+    """Return the release that the headers are of, such as 3.13.5."""
+    include, _ = find(version)
+    text = (include / "patchlevel.h").read_text(encoding="utf-8")
+    match = re.search(r'^#define\s+PY_VERSION\s+"([^"]+)"', text, re.M)
+    if not match:
+        raise ReleaseError(f"{include}/patchlevel.h has no PY_VERSION")
+    return match[1]

@@ -14,7 +14,7 @@ NAME = "RELEASE_NOTES.md"
 
 
 def sections(changelog: str) -> dict[str, str]:
-    """Map the name of each section to its text, newest first. The first is Unreleased or a version."""
+    """Map the name of each section, Unreleased or a version, to its text. Newest first."""
     headings = list(HEADING.finditer(changelog))
     found: dict[str, str] = {}
     for heading, following in zip(headings, [*headings[1:], None], strict=True):
@@ -25,7 +25,9 @@ def sections(changelog: str) -> dict[str, str]:
             raise ReleaseError(f"CHANGELOG.md: ## {name} needs a date: ## {name} - YYYY-MM-DD")
         end = following.start() if following else len(changelog)
         text = changelog[heading.end() : end].strip("\n")
-        unknown = [each for each in re.findall(r"^### (.+?)\s*$", text, re.M) if each not in SECTIONS]
+        unknown = [
+            each for each in re.findall(r"^### (.+?)\s*$", text, re.M) if each not in SECTIONS
+        ]
         if unknown:
             raise ReleaseError(
                 f"CHANGELOG.md: ## {name} has ### {unknown[0]}; use one of {', '.join(SECTIONS)}"

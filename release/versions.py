@@ -10,9 +10,7 @@ from release.errors import ReleaseError
 from release.files import run
 
 # Semantic Versioning, with the pre-releases that Python packages have as well.
-PATTERN = re.compile(
-    r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(?:-(alpha|beta|rc)\.(0|[1-9]\d*))?"
-)
+PATTERN = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(?:-(alpha|beta|rc)\.(0|[1-9]\d*))?")
 STAGES = {"alpha": "a", "beta": "b", "rc": "rc"}
 FINAL = ("zzz", 0)  # after every stage
 

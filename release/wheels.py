@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
 import os
 import shutil
 import sys
@@ -121,11 +122,9 @@ def _pure(tree: Path, scratch: Path, env: Mapping[str, str]) -> Path:
 
 def _translate(tree: Path, env: Mapping[str, str]) -> list[Module]:
     """Translate the modules to C with the settings of setup.py."""
-    import json
-
     text = run((sys.executable, "-c", TRANSLATE), cwd=tree, env=env)
     rows = json.loads(text.splitlines()[-1])
-    return [Module(name, *sources, tuple(flags)) for name, sources, flags in rows]
+    return [Module(name, source, tuple(flags)) for name, (source,), flags in rows]
 
 
 def _compile(
@@ -147,10 +146,11 @@ def _compile(
         product = folders[target] / module.path(target)
         product.parent.mkdir(parents=True, exist_ok=True)
         run(
-            (
-                *(ZIG, "cc", "-target", target.triple, *FLAGS, *module.flags),
-                *("-I", includes[target.python], "-I", ".", module.source, "-o", product),
-            ),
+            [
+                *(str(ZIG), "cc", "-target", target.triple, *FLAGS, *module.flags),
+                *("-I", str(includes[target.python]), "-I", "."),
+                *(module.source, "-o", str(product)),
+            ],
             cwd=tree,
             env=env,
         )
