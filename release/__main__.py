@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from release import notes, pipeline, trial, versions, wheels
+from release import compatibility, notes, pipeline, trial, versions, wheels
 from release.errors import ReleaseError
 from release.files import differences, run
 
@@ -106,8 +106,6 @@ def run_command(options: argparse.Namespace) -> None:
             if different := differences(options.one, options.other):
                 raise ReleaseError("different: " + ", ".join(different))
         case "compatibility":
-            from release import compatibility
-
             compatibility.check(repository, options.base)
 
 

@@ -1,9 +1,9 @@
 """What users rely on, compared with the last release: nothing disappears without an announcement.
 
-The surface is read from files that tests keep up to date: the CRD, the schemas of the charts' values,
-and the reference pages. A name that the base had and this tree lacks must be in backquotes in an
-entry of CHANGELOG.md that starts with **Breaking:**, in a section that the base did not have. Such
-entries need a version that allows them; `release.notes.check` refuses others.
+The surface is read from files that tests keep up to date: the CRD, the schemas of the charts'
+values, and the reference pages. A name that the base had and this tree lacks must be in backquotes
+in an entry of CHANGELOG.md that starts with **Breaking:**, in a section that the base did not have.
+Such entries need a version that allows them; `release.notes.check` refuses others.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from release import notes, versions
 from release.errors import ReleaseError
 
 METRIC = re.compile(r"^\| `(kubeai_[a-z_]+)` \| \w+ \|([^|]*)\|", re.M)
+SETTING = re.compile(r"^\| `([a-z][\w.<>\[\]]*)` \|", re.M)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 ROUTE = re.compile(r"`((?:GET|POST|PUT|PATCH|DELETE) /[^` ]*)`|`(/[a-z][^` ]*)`")
 
@@ -65,6 +66,11 @@ def metrics(text: str) -> set[str]:
     return found
 
 
+def settings(text: str) -> set[str]:
+    """Return the keys of the system config that the reference page has."""
+    return set(SETTING.findall(text))
+
+
 def options(text: str) -> set[str]:
     """Return the command-line options that the reference page has."""
     return set(OPTION.findall(text))
@@ -79,6 +85,7 @@ SURFACE: dict[str, tuple[str, Callable[[str], set[str]]]] = {
     "field of a Model": ("charts/kubeai/files/kubeai.org_models.yaml", crd_fields),
     "value of the chart kubeai": ("charts/kubeai/values.schema.json", values),
     "value of the chart models": ("charts/models/values.schema.json", values),
+    "key of the system config": ("docs/reference/configuration.md", settings),
     "metric": ("docs/reference/metrics.md", metrics),
     "option": ("docs/reference/command-line.md", options),
     "route": ("docs/reference/http-api.md", routes),
