@@ -98,25 +98,6 @@ def show(text: str) -> None:
             out.write(f"\r\x1b[K{text}")
 
 
-class BuildWithProgress(build_ext):
-    """Shows how many modules have been compiled. Several are compiled at a time, in threads."""
-
-    compiled = 0
-
-    def run(self) -> None:
-        """Build all modules, then remove the progress."""
-        try:
-            super().run()
-        finally:
-            show("")
-
-    def build_extension(self, ext: Extension) -> None:
-        """Build one module."""
-        show(f"  compiled {self.compiled} of {len(self.extensions)} modules")
-        super().build_extension(ext)
-        self.compiled += 1
-
-
 compile_args = ["-O3"]
 link_args = []
 if os.environ.get("KUBEAI_CYTHON_STRICT"):
@@ -136,22 +117,28 @@ if sanitize := os.environ.get("KUBEAI_SANITIZE"):
     link_args += [f"-fsanitize={sanitize}"]
 
 
-def extensions() -> list[Extension]:
-    """Translate all modules to C. `release/wheels.py` compiles the result for other machines."""
+def modules() -> list[Extension]:
+    """Return the compiled modules, not yet translated: a source distribution needs no more."""
     names = sorted(
         path.relative_to(root).with_suffix("").as_posix()
         for path in (root / "kubeai").rglob("*.pyx")
     )
+    return [
+        Extension(
+            name.replace("/", "."),
+            [f"{name}.pyx"],
+            extra_compile_args=compile_args,
+            extra_link_args=link_args,
+        )
+        for name in names
+    ]
+
+
+def translate(extensions: list[Extension]) -> list[Extension]:
+    """Translate modules to C. `release/wheels.py` compiles the result for other machines."""
+    show("  translating the modules to C")
     return cythonize(
-        [
-            Extension(
-                name.replace("/", "."),
-                [f"{name}.pyx"],
-                extra_compile_args=compile_args,
-                extra_link_args=link_args,
-            )
-            for name in names
-        ],
+        extensions,
         language_level=3,
         compiler_directives={
             "boundscheck": False,
@@ -164,11 +151,32 @@ def extensions() -> list[Extension]:
     )
 
 
+class BuildWithProgress(build_ext):
+    """Translates the modules, and shows how many have been compiled: several at a time."""
+
+    compiled = 0
+
+    def run(self) -> None:
+        """Build all modules, then remove the progress."""
+        try:
+            sources = {module.name: module.sources for module in translate(self.extensions)}
+            for extension in self.extensions:
+                extension.sources = sources[extension.name]
+            super().run()
+        finally:
+            show("")
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one module."""
+        show(f"  compiled {self.compiled} of {len(self.extensions)} modules")
+        super().build_extension(ext)
+        self.compiled += 1
+
+
 if __name__ == "__main__":  # also in setuptools' build backend
-    show("  translating the modules to C")
     setup(
         version=version(root),
         cmdclass={"build_ext": BuildWithProgress},
         options={"build_ext": {"parallel": os.cpu_count()}},
-        ext_modules=extensions(),
+        ext_modules=modules(),
     )

@@ -35,7 +35,8 @@ ZIG = Path(ziglang.__file__).with_name("zig")
 FLAGS = ("-g0", "-DNDEBUG", "-fwrapv", "-fPIC", "-shared", "-s")
 TRANSLATE = """
 import json, runpy
-modules = runpy.run_path("setup.py")["extensions"]()
+setup = runpy.run_path("setup.py")
+modules = setup["translate"](setup["modules"]())
 print(json.dumps([[m.name, m.sources, m.extra_compile_args] for m in modules]))
 """
 METADATA = (
@@ -116,7 +117,11 @@ def _pure(tree: Path, scratch: Path, env: Mapping[str, str]) -> Path:
     """Collect what all wheels share: Python files, data and metadata."""
     pure = scratch / "pure"
     run((sys.executable, "setup.py", "-q", "build_py", "--build-lib", pure), cwd=tree, env=env)
-    run((sys.executable, "-c", METADATA, pure), cwd=tree, env=env)
+    metadata = scratch / "metadata"
+    metadata.mkdir()
+    run((sys.executable, "-c", METADATA, metadata), cwd=tree, env=env)
+    (info,) = metadata.glob("*.dist-info")
+    info.rename(pure / info.name)
     return pure
 
 
