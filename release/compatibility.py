@@ -81,6 +81,13 @@ def routes(text: str) -> set[str]:
     return {first or second for first, second in ROUTE.findall(text)}
 
 
+def operations(text: str) -> set[str]:
+    """Return the paths of an OpenAPI document, and each with its methods."""
+    paths = json.loads(text)["paths"]
+    methods = {f"{path} {method}" for path, item in paths.items() for method in item}
+    return methods | paths.keys()
+
+
 SURFACE: dict[str, tuple[str, Callable[[str], set[str]]]] = {
     "field of a Model": ("charts/kubeai/files/kubeai.org_models.yaml", crd_fields),
     "value of the chart kubeai": ("charts/kubeai/values.schema.json", values),
@@ -89,6 +96,7 @@ SURFACE: dict[str, tuple[str, Callable[[str], set[str]]]] = {
     "metric": ("docs/reference/metrics.md", metrics),
     "option": ("docs/reference/command-line.md", options),
     "route": ("docs/reference/http-api.md", routes),
+    "operation": ("docs/reference/openapi.json", operations),
 }
 
 

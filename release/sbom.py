@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cyclonedx.builder.this import this_component
 from cyclonedx.contrib.license.factories import LicenseFactory
+from cyclonedx.contrib.this.builders import this_component
 from cyclonedx.model import HashAlgorithm, HashType, Property
 from cyclonedx.model.bom import Bom
 from cyclonedx.model.component import Component, ComponentType
@@ -128,7 +128,7 @@ def debian_components(root: Path, distribution: str) -> list[Component]:
                 type=ComponentType.LIBRARY,
                 name=name,
                 version=version,
-                description=control.get("Description", "").splitlines()[0] or None,
+                description=control.get("Description", "").partition("\n")[0] or None,
                 licenses=[LICENCES.make_with_name(each) for each in licences],
                 purl=PackageURL(
                     *("deb", "debian", name, version),
