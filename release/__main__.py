@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from release import compatibility, notes, pipeline, trial, versions, wheels
+from release import compatibility, notes, pipeline, versions, wheels
 from release.errors import ReleaseError
 from release.files import differences, run
 
@@ -38,9 +38,6 @@ def arguments(values: list[str] | None = None) -> argparse.Namespace:
         )
     command("prepare", "Give the entries of Unreleased in CHANGELOG.md to VERSION.")
     command("notes", "Print the release notes.")
-    command("trial", "Install a wheel in a fresh environment and use it.").add_argument(
-        "wheel", type=Path, metavar="WHEEL"
-    )
     compare = commands.add_parser("compare", help="List files that differ between two folders.")
     compare.add_argument("one", type=Path)
     compare.add_argument("other", type=Path)
@@ -99,9 +96,6 @@ def run_command(options: argparse.Namespace) -> None:
         case "notes":
             text = changelog.read_text(encoding="utf-8")
             print(notes.section(text, versions.parse(options.version)))
-        case "trial":
-            version = versions.parse(options.version)
-            trial.check(options.wheel.resolve(), repository / "constraints.txt", version)
         case "compare":
             if different := differences(options.one, options.other):
                 raise ReleaseError("different: " + ", ".join(different))

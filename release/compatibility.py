@@ -83,7 +83,7 @@ def routes(text: str) -> set[str]:
 
 def operations(text: str) -> set[str]:
     """Return the paths of an OpenAPI document, and each with its methods."""
-    paths = json.loads(text)["paths"]
+    paths: dict[str, dict[str, Any]] = json.loads(text)["paths"]
     methods = {f"{path} {method}" for path, item in paths.items() for method in item}
     return methods | paths.keys()
 

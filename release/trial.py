@@ -1,7 +1,7 @@
-"""Installs a wheel in a fresh virtual environment and uses it: ``python -m release trial WHEEL``.
+"""Installs a wheel in a fresh environment and uses it: ``python -m release.trial VERSION WHEEL…``.
 
 KubeAI's main job is tried, not only its import: `kubeai local` serves a Model of the mock engine,
-from zero replicas, and a chat is answered.
+from zero replicas, and a chat is answered. Needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from release.errors import ReleaseError
 from release.files import run
-from release.versions import Version
+from release.versions import Version, parse
 
 TIMEOUT_S = 120
 MODEL = """
@@ -151,3 +152,18 @@ def chat(endpoint: str) -> dict[str, list[dict[str, dict[str, str]]]]:
             if error.code != 404 or time.monotonic() > deadline:
                 raise ReleaseError(f"the chat failed: {error}: {error.read()!r}") from error
             time.sleep(0.2)
+
+
+def main(arguments: list[str]) -> None:
+    """Try the wheels that interpreters on PATH can run; at least one must be."""
+    version, constraints = parse(arguments[0]), Path("constraints.txt").resolve()
+    wheels = [Path(each).resolve() for each in arguments[1:] if interpreter(Path(each))]
+    if not wheels:
+        raise ReleaseError("no interpreter on PATH can run any of the wheels")
+    for wheel in wheels:
+        check(wheel, constraints, version)
+        print(f"{wheel.name}: installed, and a chat answered", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

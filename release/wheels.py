@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -20,8 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import ziglang
-
 from release import headers, sdist
 from release.errors import ReleaseError
 from release.files import environment, run
@@ -30,7 +29,6 @@ from release.versions import Version
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 ARCHITECTURES = ("x86_64", "aarch64")
 GLIBC = (2, 28)
-ZIG = Path(ziglang.__file__).with_name("zig")
 # Cython's code relies on wrapping integers and on no strict aliasing, like CPython itself.
 FLAGS = ("-g0", "-DNDEBUG", "-fwrapv", "-fPIC", "-shared", "-s")
 TRANSLATE = """
@@ -85,6 +83,14 @@ class Module:
     def path(self, target: Target) -> str:
         """The path of the compiled module in the wheel."""
         return self.name.replace(".", "/") + target.suffix
+
+
+def zig() -> str:
+    """Return the path of Zig, which a Python package contains."""
+    spec = importlib.util.find_spec("ziglang")
+    if spec is None or spec.origin is None:
+        raise ReleaseError("the package ziglang is missing; `make release` installs it")
+    return str(Path(spec.origin).with_name("zig"))
 
 
 def targets(
@@ -146,13 +152,15 @@ def _compile(
     }
     folders = {target: scratch / target.tag for target in wanted}
 
+    compiler = zig()
+
     def one(job: tuple[Target, Module]) -> None:
         target, module = job
         product = folders[target] / module.path(target)
         product.parent.mkdir(parents=True, exist_ok=True)
         run(
             [
-                *(str(ZIG), "cc", "-target", target.triple, *FLAGS, *module.flags),
+                *(compiler, "cc", "-target", target.triple, *FLAGS, *module.flags),
                 *("-I", str(includes[target.python]), "-I", "."),
                 *(module.source, "-o", str(product)),
             ],

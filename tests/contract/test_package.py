@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def test_a_second_build_elsewhere_has_the_same_bytes(released, clean, tmp_path, 
             os.utime(path, (1, 1))
         monkeypatch.setenv("TZ", "Pacific/Kiritimati")
         monkeypatch.setenv("LC_ALL", "C")
-        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         (archive,) = release_sdist.build(tree, VERSION, EPOCH, out)
         wheels.build(archive, VERSION, EPOCH, out, [HERE])
     finally:
