@@ -6,7 +6,8 @@ CORE := $(shell find kubeai -name '*.pyx' -o -name '*.pxd')
 
 .DEFAULT_GOAL := help
 .PHONY: help build run test browser coverage check screenshots bench bench-routing bench-headline demo \
-	real-engines asan soak release release-check compatibility clean
+	real-engines asan soak docs docs-serve docs-version release release-check \
+	compatibility clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +43,10 @@ help:  ## list the targets
 	$(PIP) install -q -c constraints.txt 'kubeai-gateway[clients]'
 	touch $@
 
+.venv/installed-docs: .venv/installed
+	$(PIP) install -q -c constraints.txt 'kubeai-gateway[docs]'
+	touch $@
+
 .venv/installed-coverage: .venv/installed-test
 	$(PIP) install -q -c constraints.txt 'kubeai-gateway[coverage]'
 	touch $@
@@ -55,7 +60,7 @@ run: build  ## run kubeai local with examples/; PORT=9000 ARGS="--workers 2"
 # with the files with most tests, which are not those that take longest. Each process would compile all
 # tests where the environment sets PYTHONDONTWRITEBYTECODE, which takes 10 s or more of CPU.
 TESTS := tests -n 4 --dist loadfile --no-loadscope-reorder -rfE \
-	-m "not broker and not browser and not clients and not image and not package and not nginx and not slow"
+	-m "not broker and not browser and not clients and not docs and not image and not package and not nginx and not slow"
 
 test: .venv/installed-test  ## run the tests that need only Python; .ci/run adds the slow ones
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest $(TESTS)
@@ -83,6 +88,34 @@ check: .venv/installed-check  ## fast checks: style, types, import layers, C war
 	$(BIN)/python charts/values_schema.py fields open-webui \
 		| diff charts/kubeai/charts/open-webui/files/fields.json -
 	$(BIN)/python charts/models_schema.py | diff charts/models/values.schema.json -
+
+# Mermaid draws the diagrams in the browser. npm fetches it; the digest is checked.
+MERMAID_VERSION := 11.17.2
+MERMAID_SHA256 := 581ed7d74bd9048d0e3a91363927d72ef22942d7722546b27f7cc29e35390eb8
+MERMAID := build/docs/mermaid-$(MERMAID_VERSION).min.js
+$(MERMAID):
+	mkdir -p build/docs
+	cd build/docs && npm pack --silent mermaid@$(MERMAID_VERSION)
+	tar -xzOf build/docs/mermaid-$(MERMAID_VERSION).tgz package/dist/mermaid.min.js >$@.new
+	echo "$(MERMAID_SHA256)  $@.new" | sha256sum --check --quiet
+	rm build/docs/mermaid-$(MERMAID_VERSION).tgz
+	mv $@.new $@
+
+# The same sources give the same bytes: times are those of the commit.
+MKDOCS = NO_MKDOCS_2_WARNING=1 MERMAID=$(MERMAID) \
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)}
+docs: .venv/installed-docs $(MERMAID)  ## build the documentation's site in build/site
+	$(MKDOCS) $(BIN)/mkdocs build --strict
+
+docs-serve: .venv/installed-docs $(MERMAID)  ## serve the documentation while you write, at port 8001
+	$(MKDOCS) $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
+
+# PUSH=1 pushes the branch. ALIASES are further names of the version.
+DOCS_BRANCH ?= site
+docs-version: .venv/installed-docs $(MERMAID)  ## add VERSION=… of the site to the branch DOCS_BRANCH, for mike
+	@test -n "$(VERSION)" || { echo "set VERSION, such as VERSION=1.2" >&2; exit 2; }
+	$(MKDOCS) $(BIN)/mike deploy --branch $(DOCS_BRANCH) --update-aliases --alias-type copy \
+		$(if $(PUSH),--push) "$(VERSION)" $(ALIASES)
 
 screenshots: .venv/installed-browser  ## make the pictures in docs/how-to/console; needs Chromium
 	$(BIN)/python docs/screenshots.py

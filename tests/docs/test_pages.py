@@ -1,0 +1,51 @@
+"""Every page follows the conventions, and the commands on it work.
+
+Pages run as docs/contribute/documentation.md describes, each in namespaces of its own.
+"""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from doc_pages import PageError, page_names, read_page
+from run_page import TIMEOUT_S, command
+from servers import CONTROL_PLANE, assets
+
+pytestmark = pytest.mark.docs
+PREPARE_TIMEOUT_S = 180.0
+PAGES = page_names()
+
+
+def _to_run() -> list[str]:
+    """Pages with commands; those that break the conventions fail another test."""
+    names = []
+    for name in PAGES:
+        try:
+            names += [name] if read_page(name).runs else []
+        except PageError:
+            continue
+    return names
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_follows_the_conventions(name: str) -> None:
+    read_page(name)
+
+
+@pytest.mark.timeout(TIMEOUT_S + PREPARE_TIMEOUT_S + 30)
+@pytest.mark.parametrize("name", _to_run())
+def test_commands_of_a_page_work(name: str) -> None:
+    if assets(*CONTROL_PLANE, "kubectl", "helm") is None:
+        pytest.skip("KUBEBUILDER_ASSETS holds no whole control plane")
+    done = subprocess.run(
+        command(name),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        timeout=TIMEOUT_S + PREPARE_TIMEOUT_S,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout
