@@ -1,5 +1,6 @@
 """The distribution's name: hints and build files use ours, never that of another project."""
 
+import importlib.metadata
 import re
 import subprocess
 import tomllib
@@ -18,7 +19,8 @@ FOREIGN = re.compile(r"(?<![\w./-])kubeai\[\w|pip install (?:-\S+ )*'?kubeai(?![
 
 def test_the_distribution_name_equals_the_one_used_to_look_up_the_version():
     assert PROJECT["name"] == DISTRIBUTION != "kubeai"
-    assert kubeai.__version__ == PROJECT["version"]
+    assert kubeai.__version__ == importlib.metadata.version(DISTRIBUTION)
+    assert PROJECT["dynamic"] == ["version"], "setup.py reads it from git's tags"
 
 
 @pytest.mark.parametrize("extra", ["load", "otel"])
