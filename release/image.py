@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -158,7 +159,9 @@ def _archive(folder: Path, archive: Path, epoch: int) -> None:
         entry.uid = entry.gid = 0
         entry.uname = entry.gname = ""
         entry.mtime = epoch
-        entry.mode |= 0o444
+        # Not those of this process's umask.
+        if not entry.mode & stat.S_ISVTX:
+            entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
         return entry
 
     with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as out:

@@ -100,7 +100,12 @@ GENERATED_FILES = {
     "etc/nsswitch.conf": "hosts: files dns\n",
 }
 # Where OpenSSL looks by default; Debian has these links in the package of the program openssl.
-LINKS = {"usr/lib/ssl/cert.pem": f"/{CERTIFICATES}", "usr/lib/ssl/certs": "/etc/ssl/certs"}
+LINKS = {
+    "usr/lib/ssl/cert.pem": f"/{CERTIFICATES}",
+    "usr/lib/ssl/certs": "/etc/ssl/certs",
+    "var/run": "/run",  # as base-files' script makes them
+    "var/lock": "/run/lock",
+}
 # Runs when the packages have been downloaded. Scanners of images read these files.
 _RECORD_PACKAGES = r"""
 set -eu
@@ -152,6 +157,8 @@ def debian(archive: Path, folder: Path) -> None:
         (folder / name).write_text(text)
     for name, target in LINKS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (folder / name).is_dir():
+            (folder / name).rmdir()
         (folder / name).symlink_to(target)
     for path in status.glob("*.md5sums"):
         lines = path.read_text().splitlines(keepends=True)
@@ -221,7 +228,8 @@ def _install(wheel: Path, architecture: Architecture, site: Path) -> None:
 
 def _write_programs(layer: Path, own: Path) -> None:
     (layer / "opt/kubeai/bin").mkdir(parents=True)
-    (layer / "opt/kubeai/bin/python").symlink_to(f"/usr/bin/python{PYTHON}")
+    for name in ("python", "python3"):
+        (layer / "opt/kubeai/bin" / name).symlink_to(f"/usr/bin/python{PYTHON}")
     (layer / "opt/kubeai/pyvenv.cfg").write_text(
         f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {PYTHON}\n"
     )
