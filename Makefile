@@ -6,7 +6,7 @@ CORE := $(shell find kubeai -name '*.pyx' -o -name '*.pxd')
 
 .DEFAULT_GOAL := help
 .PHONY: help build run test browser coverage check screenshots bench bench-routing bench-headline demo \
-	real-engines asan soak clean
+	real-engines asan soak release release-check compatibility clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,7 +31,11 @@ help:  ## list the targets
 	touch $@
 
 .venv/installed-check: .venv/installed-test
-	$(PIP) install -q -c constraints.txt 'kubeai-gateway[check]'
+	$(PIP) install -q -c constraints.txt 'kubeai-gateway[check,release]'
+	touch $@
+
+.venv/installed-release: .venv/installed
+	$(PIP) install -q -c constraints.txt 'kubeai-gateway[release]'
 	touch $@
 
 .venv/installed-clients: .venv/installed-test
@@ -124,6 +128,18 @@ soak: .venv/installed-test  ## run long fuzz and hammer tests, and mixed load fo
 	CRASH_STEP=1 $(BIN)/pytest tests/contract/test_crash.py
 	OUTAGE_S=30 $(BIN)/pytest tests/contract/test_replicas.py
 	$(BIN)/python tests/soak/soak.py
+
+# PARTS, PYTHONS and ARCHITECTURES restrict what is built; GPG_KEY signs the checksums.
+RELEASE := $(if $(PARTS),--parts "$(PARTS)") $(if $(PYTHONS),--pythons "$(PYTHONS)") \
+	$(if $(ARCHITECTURES),--architectures "$(ARCHITECTURES)")
+release: .venv/installed-release  ## build and check a release in dist/VERSION; VERSION=1.2.3
+	$(BIN)/python -m release build "$(VERSION)" $(RELEASE)
+
+release-check: .venv/installed-release  ## build a release twice and compare the bytes; VERSION=1.2.3
+	$(BIN)/python -m release check "$(VERSION)" $(RELEASE)
+
+compatibility: .venv/installed-release  ## list removals since the last release, or since BASE=v1.2.3
+	$(BIN)/python -m release compatibility $(BASE)
 
 clean:  ## delete everything that was built
 	rm -rf .venv build dist *.egg-info .kubeai

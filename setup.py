@@ -4,10 +4,15 @@ the scanner of JSON bodies, and the reader of streams for ``kubeai bench``.
 ``KUBEAI_CYTHON_STRICT=1`` turns warnings of Cython and the C compiler into errors (``make check``);
 ``KUBEAI_SANITIZE=address`` builds with AddressSanitizer. ``KUBEAI_BUILD_PROGRESS=/dev/pts/0`` shows
 the progress on this terminal: pip hides what a build prints.
+
+The version comes from git's tags; see `version`.
 """
 
 import contextlib
+import email.parser
 import os
+import re
+import subprocess
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -17,6 +22,73 @@ from setuptools.command.build_ext import build_ext
 
 root = Path(__file__).parent
 terminal = os.environ.get("KUBEAI_BUILD_PROGRESS")
+FIRST_VERSION = "0.1.0"  # what is developed until there is a tag
+# `git archive` replaces this with the output of `git describe`; see .gitattributes.
+ARCHIVED = "$Format:%(describe:tags=true,match=v[0-9]*)$"
+DESCRIPTION = re.compile(
+    r"v(?P<core>\d+\.\d+\.)(?P<patch>\d+)(-(?P<stage>alpha|beta|rc)\.(?P<number>\d+))?"
+    r"(-(?P<commits>\d+)-(?P<commit>g[0-9a-f]+))?(?P<dirty>-dirty)?"
+)
+STAGES = {"alpha": "a", "beta": "b", "rc": "rc"}
+
+
+def described(description: str) -> str:
+    """Translate the output of ``git describe`` into a Python version.
+
+    On a tag it is the tag's version. Later commits are development versions of the next patch
+    release: ``v1.2.3-4-gabc`` is ``1.2.4.dev4+gabc``, and ``v1.2.3-rc.1-4-gabc`` is
+    ``1.2.3rc2.dev4+gabc``. Anything else is a ValueError.
+    """
+    match = DESCRIPTION.fullmatch(description)
+    if not match:
+        raise ValueError(f"not a version: {description!r}")
+    commits, stage = match["commits"], match["stage"]
+    later = bool(commits or match["dirty"])
+    patch = int(match["patch"]) + (later and not stage)
+    text = f"{match['core']}{patch}"
+    if stage:
+        text += f"{STAGES[stage]}{int(match['number']) + later}"
+    if later:
+        local = ".".join(filter(None, (match["commit"], match["dirty"] and "dirty")))
+        text += f".dev{commits or 0}+{local}"
+    return text
+
+
+def from_git(folder: Path) -> str | None:
+    """Return the version of the commit that is checked out in `folder`, if it is a repository."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ("git", *arguments), cwd=folder, capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    if not (folder / ".git").exists():  # the folder may lie in a repository of something else
+        return None
+    if description := git("describe", "--tags", "--match=v[0-9]*", "--dirty"):
+        return described(description)
+    commits, commit = git("rev-list", "--count", "HEAD"), git("rev-parse", "--short", "HEAD")
+    return f"{FIRST_VERSION}.dev{commits}+g{commit}" if commits and commit else None
+
+
+def version(folder: Path) -> str:
+    """Return the version of the source tree in `folder`.
+
+    The first of: ``PKG-INFO`` (in a source distribution), ``KUBEAI_VERSION`` in the environment (in
+    the image's build, which has no repository), the git tag, and what ``git archive`` has written
+    into this file. Without any of them it is ``0.0.0+unknown``.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        text = (folder / "PKG-INFO").read_text(encoding="utf-8")
+        return str(email.parser.HeaderParser().parsestr(text)["Version"])
+    if stated := os.environ.get("KUBEAI_VERSION"):
+        return described(f"v{stated.removeprefix('v')}") if "-" in stated else stated
+    if found := from_git(folder):
+        return found
+    return described(ARCHIVED) if ARCHIVED.startswith("v") else "0.0.0+unknown"
 
 
 def show(text: str) -> None:
@@ -24,25 +96,6 @@ def show(text: str) -> None:
     if terminal:
         with contextlib.suppress(OSError), open(terminal, "w") as out:
             out.write(f"\r\x1b[K{text}")
-
-
-class BuildWithProgress(build_ext):
-    """Shows how many modules have been compiled. Several are compiled at a time, in threads."""
-
-    compiled = 0
-
-    def run(self) -> None:
-        """Build all modules, then remove the progress."""
-        try:
-            super().run()
-        finally:
-            show("")
-
-    def build_extension(self, ext: Extension) -> None:
-        """Build one module."""
-        show(f"  compiled {self.compiled} of {len(self.extensions)} modules")
-        super().build_extension(ext)
-        self.compiled += 1
 
 
 compile_args = ["-O3"]
@@ -63,24 +116,29 @@ if sanitize := os.environ.get("KUBEAI_SANITIZE"):
     compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"]
     link_args += [f"-fsanitize={sanitize}"]
 
-modules = sorted(
-    path.relative_to(root).with_suffix("").as_posix() for path in (root / "kubeai").rglob("*.pyx")
-)
 
-show("  translating the modules to C")
-setup(
-    cmdclass={"build_ext": BuildWithProgress},
-    options={"build_ext": {"parallel": os.cpu_count()}},
-    ext_modules=cythonize(
-        [
-            Extension(
-                name.replace("/", "."),
-                [f"{name}.pyx"],
-                extra_compile_args=compile_args,
-                extra_link_args=link_args,
-            )
-            for name in modules
-        ],
+def modules() -> list[Extension]:
+    """Return the compiled modules, not yet translated: a source distribution needs no more."""
+    names = sorted(
+        path.relative_to(root).with_suffix("").as_posix()
+        for path in (root / "kubeai").rglob("*.pyx")
+    )
+    return [
+        Extension(
+            name.replace("/", "."),
+            [f"{name}.pyx"],
+            extra_compile_args=compile_args,
+            extra_link_args=link_args,
+        )
+        for name in names
+    ]
+
+
+def translate(extensions: list[Extension]) -> list[Extension]:
+    """Translate modules to C. `release/wheels.py` compiles the result for other machines."""
+    show("  translating the modules to C")
+    return cythonize(
+        extensions,
         language_level=3,
         compiler_directives={
             "boundscheck": False,
@@ -90,5 +148,35 @@ setup(
             "freethreading_compatible": False,
         },
         annotate=False,
-    ),
-)
+    )
+
+
+class BuildWithProgress(build_ext):
+    """Translates the modules, and shows how many have been compiled: several at a time."""
+
+    compiled = 0
+
+    def run(self) -> None:
+        """Build all modules, then remove the progress."""
+        try:
+            sources = {module.name: module.sources for module in translate(self.extensions)}
+            for extension in self.extensions:
+                extension.sources = sources[extension.name]
+            super().run()
+        finally:
+            show("")
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one module."""
+        show(f"  compiled {self.compiled} of {len(self.extensions)} modules")
+        super().build_extension(ext)
+        self.compiled += 1
+
+
+if __name__ == "__main__":  # also in setuptools' build backend
+    setup(
+        version=version(root),
+        cmdclass={"build_ext": BuildWithProgress},
+        options={"build_ext": {"parallel": os.cpu_count()}},
+        ext_modules=modules(),
+    )
