@@ -76,9 +76,7 @@ def _helm(source: Path, folder: Path) -> Path:
 def _run(helm: Path, *arguments: object) -> None:
     with tempfile.TemporaryDirectory() as home:  # reads no settings of the user
         env = os.environ | {"HOME": home}
-        done = subprocess.run(
-            [helm, *map(str, arguments)], env=env, capture_output=True, text=True
-        )
+        done = subprocess.run([helm, *map(str, arguments)], env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"helm {arguments[0]}: {done.stdout}{done.stderr}")
 

@@ -21,7 +21,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from release import rootfs
+from elftools.elf.elffile import ELFFile
+
+from release import rootfs, sbom
+from release.errors import ReleaseError
+from release.oci import Layout
 
 REGCTL = "github.com/regclient/regclient/cmd/regctl@v0.11.7"
 TITLE = "KubeAI"
@@ -36,30 +40,72 @@ ENVIRONMENT = {
 ENTRYPOINT = ["/opt/kubeai/bin/kubeai"]
 COMMAND = ["serve"]
 PORTS = (8000, 8080, 8081)
+SHELLS = ("sh", "bash", "dash", "busybox", "apt-get", "dpkg", "perl")
 
 
-def build(
-    source: Path, version: str, epoch: int, out: Path, wheels: Sequence[Path]
-) -> list[Path]:
+def build(source: Path, version: str, epoch: int, out: Path, wheels: Sequence[Path]) -> list[Path]:
     """Write the layout as a tar to ``out``, for each architecture of the wheels."""
     del source  # the constraints are beside this file
     chosen = dict(_wheels(wheels))
     if not chosen:
-        raise ValueError(f"no wheel for CPython {rootfs.PYTHON} among {len(wheels)}")
+        raise ReleaseError(f"the image needs a wheel for CPython {rootfs.PYTHON}; build one")
+    written = []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        archives = _debian({*chosen, rootfs.machine().oci}, work)
-        layout = Layout(work / "layout", version, epoch, regctl(work))
+        archives = {}
+        for oci in sorted({*chosen, rootfs.machine().oci}):
+            archives[oci] = work / f"{oci}.tar"
+            rootfs.download(rootfs.ARCHITECTURES[oci], archives[oci])
+        layout = _Writer(work / "layout", version, epoch, _regctl(work))
         for oci, wheel in sorted(chosen.items()):
             architecture = rootfs.ARCHITECTURES[oci]
             folder = work / oci
             layers = rootfs.build(archives, wheel.resolve(), architecture, folder)
             layout.add(oci, layers)
+            rootfs.merge(layers, folder / "root")
+            written.append(sbom.write_image(folder / "root", version, epoch, out, oci))
             shutil.rmtree(folder)
         layout.finish(sorted(chosen))
         target = out / f"kubeai-{version}-image.tar"
         _archive(layout.folder, target, epoch)
-    return [target]
+    return [target, *written]
+
+
+def check(version: str, out: Path) -> None:
+    """Check digests, tags and settings, that there is no shell, and that all libraries are there.
+
+    The last two for architectures that this machine cannot run, too.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        with tarfile.open(out / f"kubeai-{version}-image.tar") as archive:
+            archive.extractall(Path(name) / "layout", filter="data")
+        layout = Layout(Path(name) / "layout")
+        if layout.tag != version:
+            raise ReleaseError(f"image: tagged {layout.tag}, not {version}")
+        for oci in layout.architectures:
+            root = Path(name) / oci
+            layout.unpack(oci, root)
+            if layout.config(oci)["config"]["User"] != rootfs.USER:
+                raise ReleaseError(f"image: the user is not {rootfs.USER}")
+            if shells := [each for each in SHELLS if (root / "usr/bin" / each).exists()]:
+                raise ReleaseError(f"image: contains {', '.join(shells)}")
+            _check_libraries(root, rootfs.ARCHITECTURES[oci])
+
+
+def _check_libraries(root: Path, architecture: rootfs.Architecture) -> None:
+    """Check that programs and libraries are of the architecture, and have what they link to."""
+    there = {path.name for path in root.rglob("*.so*")}
+    for path in [root / f"usr/bin/python{rootfs.PYTHON}", *sorted(root.rglob("*.so*"))]:
+        if path.is_symlink():
+            continue
+        with path.open("rb") as file:
+            binary = ELFFile(file)
+            if binary["e_machine"] != architecture.elf:
+                raise ReleaseError(f"image: {path.name} is not for {architecture.machine}")
+            dynamic = binary.get_section_by_name(".dynamic")
+            for tag in dynamic.iter_tags("DT_NEEDED") if dynamic else ():
+                if tag.needed not in there:
+                    raise ReleaseError(f"image: {path.name} needs {tag.needed}")
 
 
 def _wheels(wheels: Sequence[Path]) -> Iterator[tuple[str, Path]]:
@@ -70,28 +116,15 @@ def _wheels(wheels: Sequence[Path]) -> Iterator[tuple[str, Path]]:
                 yield each.oci, wheel
 
 
-def _debian(architectures: set[str], work: Path) -> dict[str, Path]:
-    """Debian's packages; $KUBEAI_IMAGE_CACHE: a folder that keeps them from run to run."""
-    cache = Path(os.environ.get("KUBEAI_IMAGE_CACHE") or work)
-    archives = {}
-    for oci in sorted(architectures):
-        archives[oci] = cache / f"{rootfs.SUITE}-{oci}.tar"
-        if not archives[oci].exists():
-            partial = cache / f".{oci}.{os.getpid()}.tar"
-            rootfs.download(rootfs.ARCHITECTURES[oci], partial, os.environ.get("DEBIAN_MIRROR"))
-            partial.rename(archives[oci])
-    return archives
-
-
-def regctl(folder: Path) -> Path:
+def _regctl(folder: Path) -> Path:
     """Build regctl with Go, which takes a second if Go has built it before."""
     env = os.environ | {"GOBIN": str(folder), "GOFLAGS": "-mod=mod"}
     subprocess.run(["go", "install", REGCTL], check=True, env=env, cwd=folder)
     return folder / "regctl"
 
 
-class Layout:
-    """An OCI layout in a folder, and the images in it."""
+class _Writer:
+    """Writes an OCI layout to a folder."""
 
     def __init__(self, folder: Path, version: str, epoch: int, program: Path) -> None:
         self.folder = folder
@@ -104,7 +137,9 @@ class Layout:
     def add(self, oci: str, layers: Sequence[Path]) -> None:
         """Add the image of one architecture, tagged by it."""
         image = self._reference(oci)
-        self._run("image", "create", image, "--platform", f"linux/{oci}", "--created", self._created)
+        self._run(
+            "image", "create", image, "--platform", f"linux/{oci}", "--created", self._created
+        )
         options = [f"--env={name}={value}" for name, value in ENVIRONMENT.items()]
         options += [f"--expose-add={port}/tcp" for port in PORTS]
         options += [f"--label={key}={value}" for key, value in self._annotations().items()]
@@ -147,9 +182,7 @@ class Layout:
 
     def _run(self, *arguments: str) -> None:
         env = os.environ | {"HOME": str(self.folder.parent)}  # reads no settings of the user
-        subprocess.run(
-            [self._program, *arguments], check=True, env=env, stdout=subprocess.DEVNULL
-        )
+        subprocess.run([self._program, *arguments], check=True, env=env, stdout=subprocess.DEVNULL)
 
 
 def _archive(folder: Path, archive: Path, epoch: int) -> None:

@@ -32,7 +32,10 @@ EXTRAS = "load,messaging,otel"
 LAYERS = ("debian", "packages", "kubeai")
 SITE = f"opt/kubeai/lib/python{PYTHON}/site-packages"
 USER = "65532:65532"
-PROGRAMS = {"opt/kubeai/bin/kubeai": "", "usr/local/bin/load": 'sys.argv[:1] = ["kubeai", "load"]\n'}
+PROGRAMS = {
+    "opt/kubeai/bin/kubeai": "",
+    "usr/local/bin/load": 'sys.argv[:1] = ["kubeai", "load"]\n',
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Architecture:
 
     oci: str  # also Debian's name
     machine: str
+    elf: str
     loader: str
 
     @property
@@ -60,8 +64,8 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "amd64": Architecture("amd64", "x86_64", "lib64/ld-linux-x86-64.so.2"),
-    "arm64": Architecture("arm64", "aarch64", "lib/ld-linux-aarch64.so.1"),
+    "amd64": Architecture("amd64", "x86_64", "EM_X86_64", "lib64/ld-linux-x86-64.so.2"),
+    "arm64": Architecture("arm64", "aarch64", "EM_AARCH64", "lib/ld-linux-aarch64.so.1"),
 }
 
 # -- the layer of Debian's packages --------------------------------------------------------------
@@ -89,7 +93,10 @@ NEEDLESS_FILES = (
     *("var/cache/*", "var/lib/apt", "var/lib/dpkg/[!s]*", "var/lib/dpkg/status", "var/log/*"),
     *(f"{STANDARD_LIBRARY}/{name}" for name in ("test", "idlelib", "pydoc_data", "_pyrepl")),
     *(f"{STANDARD_LIBRARY}/{name}" for name in ("curses", "sqlite3", "turtle*", "lib2to3")),
-    *(f"{STANDARD_LIBRARY}/lib-dynload/{name}*" for name in ("_test", "_xxtest", "xx", "_ctypes_t")),
+    *(
+        f"{STANDARD_LIBRARY}/lib-dynload/{name}*"
+        for name in ("_test", "_xxtest", "xx", "_ctypes_t")
+    ),
     *(f"{STANDARD_LIBRARY}/lib-dynload/{name}*" for name in ("_dbm", "_curses", "_sqlite3")),
 )
 CERTIFICATES = "etc/ssl/certs/ca-certificates.crt"
@@ -120,8 +127,12 @@ done
 """
 
 
-def download(architecture: Architecture, archive: Path, mirror: str | None = None) -> None:
-    """Make a tar of Debian's packages for :func:`debian`. ``mirror``: default: Debian's own."""
+def download(architecture: Architecture, archive: Path) -> None:
+    """Make a tar of Debian's packages for :func:`debian`.
+
+    $DEBIAN_MIRROR: where from, such as a snapshot that has the packages of a former release.
+    """
+    mirror = os.environ.get("DEBIAN_MIRROR")
     command = [
         *("mmdebstrap", "--quiet", "--variant=extract", "--format=tar"),
         *(f"--architectures={architecture.oci}", f"--include={','.join(INCLUDED)}"),
@@ -237,7 +248,8 @@ def _write_programs(layer: Path, own: Path) -> None:
         program = own / name
         program.parent.mkdir(parents=True, exist_ok=True)
         program.write_text(
-            f"#!/opt/kubeai/bin/python\nimport sys\n\nfrom kubeai.cli import main\n\n{extra}main()\n"
+            "#!/opt/kubeai/bin/python\nimport sys\n\nfrom kubeai.cli import main\n\n"
+            f"{extra}main()\n"
         )
         program.chmod(0o755)
 
@@ -341,7 +353,7 @@ def main(folder: str, wheel: str, architecture: str = "") -> None:
     archives = {}
     for each in {chosen, machine()}:
         archives[each.oci] = Path(folder) / f"{each.oci}.tar"
-        download(each, archives[each.oci], os.environ.get("DEBIAN_MIRROR"))
+        download(each, archives[each.oci])
     build(archives, Path(wheel).resolve(), chosen, Path(folder))
     for archive in archives.values():
         archive.unlink()

@@ -78,10 +78,10 @@ def main(wanted: dict[str, Any]) -> int:
     program, *_ = words = wanted["command"]
     env = {"PATH": PATH} | wanted["env"]
     found = shutil.which(program, path=env["PATH"])
-    if found is None:
-        print(f"{program}: not in the image", file=sys.stderr)
-        return 127
-    os.execve(found, words, env)
+    if found is not None:
+        os.execve(found, words, env)
+    print(f"{program}: not in the image", file=sys.stderr)
+    return 127
 
 
 def _inside(root: str, place: str) -> str:
