@@ -14,6 +14,7 @@ from kubeai.api.config.system import SystemConfig
 from kubeai.api.model import Model
 from kubeai.api.model_url import parse_url
 from kubeai.errors import ModelError
+from kubeai.podspec import loader_commands
 from kubeai.podspec.container import Object, container_resources
 from kubeai.podspec.sources import every_source
 
@@ -48,12 +49,6 @@ SHARED_VARIABLES = (
     "OSS_REGION",
 )
 _REFERENCE = re.compile(r"\$\(([^)]+)\)")
-# Adapters on a claim are used in place: the engine follows the link. $1: the adapter's path on the
-# claim; $2: the link.
-_LINK = '[ -d "$1" ] || { echo "$1 is not a folder of the claim" >&2; exit 1; }; ln -s "$1" "$2"'
-# Sleeps until SIGTERM. A bare `sleep` ignores SIGTERM as a container's first process, and would
-# keep a deleted pod and its GPUs for the whole grace period.
-_SLEEP = "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done"
 # Alphabet of the label values, as in KubeAI in Go (see `url_hash`).
 _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"
 _FNV_OFFSET, _FNV_PRIME = 0x811C9DC5, 0x01000193
@@ -96,7 +91,7 @@ def add_loader(model: Model, config: SystemConfig, pod: Object, server: Object) 
     loader: dict[str, Any] = {
         "name": LOADER_CONTAINER,
         "image": config.model_loading.image,
-        "command": ["sh", "-c", _SLEEP],
+        "command": loader_commands.wait(),
         "env": _loader_environment(model, source.env),
         # Secrets have credentials. Other keys of ConfigMaps than those that `env` refers to are
         # meant for the engine and could stop the loader.
@@ -180,16 +175,19 @@ def _claims(model: Model) -> tuple[list[Object], list[Object]]:
 
 
 def fetch_command(name: str, url: str) -> list[str]:
-    """The loader's command that puts an adapter into its folder."""
+    """The loader's command that puts an adapter into its folder.
+
+    Adapters on a claim are used in place: the engine follows the link.
+    """
     if claim_of(url):
         place = f"{CLAIMS_ROOT}/{_place(url)}"
-        return ["sh", "-ec", _LINK, "link", place, adapter_directory(name)]
+        return loader_commands.link(place, adapter_directory(name))
     return ["load", url, adapter_directory(name)]
 
 
 def remove_command(name: str) -> list[str]:
     """The loader's command to remove an adapter's files."""
-    return ["rm", "-rf", "--", adapter_directory(name)]
+    return loader_commands.remove(adapter_directory(name))
 
 
 def load_call(name: str) -> Call:

@@ -15,6 +15,7 @@ from kubeai.api.config.system import CacheProfile, ModelServerPods, SystemConfig
 from kubeai.api.model import POD_MODEL_LABEL, Model
 from kubeai.api.model_url import ModelURL, parse_url
 from kubeai.errors import ModelError
+from kubeai.podspec import loader_commands
 from kubeai.podspec.container import (
     MODEL_MOUNT,
     TERMINATION_MESSAGE,
@@ -140,7 +141,7 @@ def evict_job(model: Model, config: SystemConfig) -> Object:
     path = directory(model)
     container = {
         "name": "evictor",
-        "command": ["rm", "-rf", "--", path, staging_directory(path)],
+        "command": loader_commands.remove(path, staging_directory(path)),
         "volumeMounts": [_ALL_FOLDERS],
     }
     job = _job(model, config, EVICT_JOB_PREFIX, container, [_claim_volume(model)])

@@ -1,9 +1,8 @@
 """Builds a Dockerfile's stages without a container engine, and runs what comes of it.
 
 The instructions are read from the file. RUN lines are executed by chroot in a copy of a Debian that
-debootstrap made, COPY copies, the rest is kept. A program then runs as an engine would run it: as
-process 1 of its own, as the file's USER, without capabilities, its root file system read-only. The
-network is the machine's. Needs root.
+debootstrap made, with the capabilities that an engine leaves them; COPY copies, the rest is kept.
+What comes of it runs as layouts.py says. Needs root.
 
 It differs from an engine in what docs/reference/image.md lists.
 """
@@ -16,55 +15,27 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from dockerfile_parse import DockerfileParser
+from layouts import Image
 
 CACHE = Path.home() / ".cache" / "kubeai-image"
 BUILD_TIMEOUT_S = 900
 # What an engine hands into RUN lines, and what this machine's pip needs besides.
 RESOLVER_FILES = ("/etc/resolv.conf", "/etc/hosts")
 CERTIFICATES = "/run/certificates.pem"
+# What Docker and BuildKit leave to a RUN line.
+CAPABILITIES = (
+    *("chown", "dac_override", "fowner", "fsetid", "kill", "setgid", "setuid", "setpcap"),
+    *("net_bind_service", "net_raw", "sys_chroot", "mknod", "audit_write", "setfcap"),
+)
 
 
 @dataclass
-class Stage:
+class Stage(Image):
     """What the instructions so far have made; in the end an image."""
-
-    root: Path
-    env: dict[str, str] = field(default_factory=lambda: {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
-    directory: str = "/"
-    user: str = "0:0"
-    entrypoint: list[str] = field(default_factory=list)
-    command: list[str] = field(default_factory=list)
-
-    def run(
-        self,
-        *arguments: str,
-        entrypoint: Sequence[str] = (),
-        mounts: Mapping[str, Path] = MappingProxyType({}),
-        **env: str,
-    ) -> list[str]:
-        """The command that runs the image; ``mounts``: folders, writable, by where they are."""
-        user, group = self.user.split(":")
-        drop = ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups"]
-        drop += ["--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"]
-        program = [*(entrypoint or self.entrypoint), *(arguments or self.command)]
-        steps = [_mount("--rbind", self.root, self.root), *_devices(self.root)]
-        steps.append(_mount("-o", "remount,bind,ro", self.root))
-        for place, folder in mounts.items():
-            real = self._resolved(place)
-            real.mkdir(parents=True, exist_ok=True)
-            steps.append(_mount("--bind", folder, real))
-        return _apart(self, steps, [*drop, *program], env)
-
-    def _resolved(self, place: str) -> Path:
-        """Where it is on this machine; links (/var/run) are the root's own."""
-        command = ("chroot", self.root, "realpath", "--canonicalize-missing", place)
-        real = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-        return self.root / real.lstrip("/")
 
 
 def build(context: Path, work: Path) -> Stage:
@@ -86,7 +57,11 @@ def build(context: Path, work: Path) -> Stage:
                 base = base.replace(f"${{{key}}}", default)
             stage = Stage(work / (alias or "image"))
             stages[alias] = stage
-            subprocess.run(["cp", "-a", _debian(base), stage.root], check=True)
+            if base == "scratch":
+                stage.root.mkdir()
+            else:
+                stage.env["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
+                subprocess.run(["cp", "-a", _debian(base), stage.root], check=True)
         else:
             assert stage is not None, step["content"]
             _apply(stage, stages, context, name, value)
@@ -128,7 +103,7 @@ def _execute(stage: Stage, line: str) -> None:
     outside = {path: path for path in RESOLVER_FILES}
     if "PIP_CERT" in env:
         outside[CERTIFICATES] = env["PIP_CERT"]
-        env["PIP_CERT"] = CERTIFICATES
+        env["PIP_CERT"] = env["SSL_CERT_FILE"] = CERTIFICATES  # pip's, uv's
     for place in outside:
         (stage.root / place.lstrip("/")).touch()
     steps = [_mount("--rbind", stage.root, stage.root), *_devices(stage.root)]
@@ -157,8 +132,9 @@ def _apart(
     """A command in namespaces of its own: after the mounts, with the stage's root."""
     variables = [f"{key}={value}" for key, value in (stage.env | dict(env)).items()]
     inside = ["env", "-i", f"--chdir={stage.directory}", *variables, *command]
-    chroot = shlex.join(["chroot", str(stage.root), *inside])
-    script = " && ".join((*steps, f"exec {chroot}"))
+    kept = ",".join(("-all", *(f"+{name}" for name in CAPABILITIES)))
+    chroot = ["setpriv", f"--bounding-set={kept}", "chroot", str(stage.root), *inside]
+    script = " && ".join((*steps, f"exec {shlex.join(chroot)}"))
     return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script]
 
 

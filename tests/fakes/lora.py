@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from kubeai.kube.exec import ExecResult
+from kubeai.podspec import loader_commands
 
 
 class Engine:
@@ -53,9 +54,9 @@ class Engine:
         """What the loader does with a command."""
         self.log.append(" ".join(command))
         name = command[-1].removeprefix("/adapters/")
-        if command[0] == "rm":
+        if command == loader_commands.remove(command[-1]):
             self.folder.pop(name, None)
-        elif command[0] == "sh":  # a link to a folder of a claim
+        elif command == loader_commands.link(*command[-2:]):
             self.folder[name] = command[-2]
         elif "missing" in command[1]:
             return ExecResult(1, f"no such repository: {command[1]}")

@@ -18,7 +18,14 @@ from kubeai.operator.adapter_steps import Steps, Wanted, steps
 from kubeai.operator.pods import Pod
 from kubeai.operator.routes import route_of
 from kubeai.podspec import adapters as engine
-from kubeai.podspec.adapters import Call, load_call, refusal, unload_call, url_hash
+from kubeai.podspec.adapters import (
+    Call,
+    load_call,
+    refusal,
+    remove_command,
+    unload_call,
+    url_hash,
+)
 
 A, B = "hf://org/a", "hf://org/b"
 HASH_A, HASH_B = url_hash(A), url_hash(B)
@@ -194,7 +201,8 @@ async def test_files_are_fetched_while_the_engine_starts(world):
     (name,) = world.engines
     run(name)
     await world.until(lambda: world.served() == [{"a"}])
-    assert world.engines[name].log == ["rm -rf -- /adapters/a", f"load {A} /adapters/a", "load a"]
+    removal = " ".join(remove_command("a"))
+    assert world.engines[name].log == [removal, f"load {A} /adapters/a", "load a"]
 
 
 async def test_adapters_are_added_and_removed_without_a_new_pod(world):
@@ -393,7 +401,7 @@ async def test_no_request_is_sent_if_leadership_is_lost_while_connecting(world, 
     await world.until(lambda: not world.leader.leads)
     await world.until(lambda: not world.controller._adapters._tasks)
     (one,) = world.engines.values()
-    assert one.log == ["rm -rf -- /adapters/a", f"load {A} /adapters/a"]
+    assert one.log == [" ".join(remove_command("a")), f"load {A} /adapters/a"]
     assert world.labels() == [{"a": "loading"}]
 
 

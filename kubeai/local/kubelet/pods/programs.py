@@ -130,6 +130,8 @@ async def locate(
         if module is None:
             raise _not_installed(name)
         return [module.program, *argv[1:]]
+    if argv[0] == "python3" and not shutil.which("python3", path=path):
+        return [sys.executable, *argv[1:]]
     if argv[0] == "load" and not shutil.which("load", path=path):
         return [sys.executable, "-m", "kubeai", *argv]
     return [_program(argv[0], path), *argv[1:]]

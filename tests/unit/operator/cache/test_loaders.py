@@ -9,7 +9,7 @@ import pytest
 from kubeai.api.config.system import parse_config
 from kubeai.api.model import decode_model
 from kubeai.errors import ModelError
-from kubeai.podspec import build_pod
+from kubeai.podspec import build_pod, loader_commands
 from kubeai.podspec.adapters import SHARED_VARIABLES, fetch_command
 from kubeai.podspec.cache import claim, directory, evict_job, job_hash, load_job
 
@@ -153,7 +153,7 @@ def test_the_evict_job_removes_the_folder_and_its_staging_area_without_a_shell()
     assert job["spec"]["ttlSecondsAfterFinished"] == 60
     assert job["spec"]["activeDeadlineSeconds"] == 900
     evictor = containers(job["spec"]["template"])["evictor"]
-    assert evictor["command"] == ["rm", "-rf", "--", FOLDER, "/models/.m-u1.kubeai-load"]
+    assert evictor["command"] == loader_commands.remove(FOLDER, "/models/.m-u1.kubeai-load")
     (mount,) = evictor["volumeMounts"]
     assert mount == {"name": "models", "mountPath": "/models", "subPath": "models"}
     (volume,) = job["spec"]["template"]["spec"]["volumes"]
