@@ -143,6 +143,15 @@ class Move(Site):
 
             await until(f"{count} pods of {name} are ready", so, 120)
 
+    async def adapter_loaded(self) -> None:
+        """KubeAI in Go never answers requests that came before."""
+
+        async def loaded() -> bool:
+            labels = "adapter.kubeai.org/fin"
+            return bool((await self.kube.list(PODS, self.namespace, labels=labels))[0])
+
+        await until("the adapter is loaded", loaded, 60)
+
     async def is_cold(self) -> None:
         async def cold() -> bool:
             pods, _ = await self.kube.list(PODS, self.namespace, labels="model=cold")
@@ -201,6 +210,7 @@ async def test_models_move_from_kubeai_in_go_and_back(move, hub):
     for each in models(hub):
         await move.kube.create(MODELS, each)
     await move.ready_once(COUNTS)
+    await move.adapter_loaded()
     await move.leads_as(GO)
     engines = await move.engines()
     async with (

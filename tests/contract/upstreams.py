@@ -1,9 +1,10 @@
 """KubeAI in Go: its program, its chart, and the engine that its images hold.
 
 UPSTREAM names a clone of its repository (kubeai-project/kubeai). The program is built from it with
-Go and kept in ``~/.cache/kubeai-upstream``. Pods here share one network, so three lines of the
-source are changed while it is compiled (the clone stays as it is): the program listens on its
-pod's address instead of on all of them, and its identity is its pod's name instead of the host's.
+Go and kept in ``~/.cache/kubeai-upstream``. A few lines of the source are changed while it is
+compiled (the clone stays as it is), because of what this machine is: pods share one network, so the
+program listens on its pod's address instead of on all of them; they share a host name, so its
+identity is its pod's name; and the process kubelet executes commands by WebSocket, not by SPDY.
 """
 
 from __future__ import annotations
@@ -22,15 +23,21 @@ import yaml
 UPSTREAM = os.environ.get("UPSTREAM", "")
 BUILD_TIMEOUT_S = 1800
 PROGRAM = "manager"  # the command of its chart is /app/manager
-SOURCE = "internal/manager/run.go"
 EDITS = {
-    '\t\treturn fmt.Errorf("invalid config: %w", err)\n\t}\n': (
-        '\t\treturn fmt.Errorf("invalid config: %w", err)\n\t}\n'
-        '\tcfg.MetricsAddr = os.Getenv("POD_IP") + cfg.MetricsAddr\n'
-        '\tcfg.HealthAddress = os.Getenv("POD_IP") + cfg.HealthAddress\n'
-    ),
-    '":8000"': 'os.Getenv("POD_IP") + ":8000"',
-    "os.Hostname()": 'os.Getenv("IDENTITY"), error(nil)',
+    "internal/manager/run.go": {
+        '\t\treturn fmt.Errorf("invalid config: %w", err)\n\t}\n': (
+            '\t\treturn fmt.Errorf("invalid config: %w", err)\n\t}\n'
+            '\tcfg.MetricsAddr = os.Getenv("POD_IP") + cfg.MetricsAddr\n'
+            '\tcfg.HealthAddress = os.Getenv("POD_IP") + cfg.HealthAddress\n'
+        ),
+        '":8000"': 'os.Getenv("POD_IP") + ":8000"',
+        "os.Hostname()": 'os.Getenv("IDENTITY"), error(nil)',
+    },
+    "internal/modelcontroller/pod_utils.go": {
+        'NewSPDYExecutor(r.RESTConfig, "POST", execReq.URL())': (
+            'NewWebSocketExecutor(r.RESTConfig, "GET", execReq.URL().String())'
+        )
+    },
 }
 # A package vllm whose server is the mock engine: for `vllm serve` and for the form of older images.
 SERVER = """
@@ -52,19 +59,19 @@ def git(*arguments: str) -> str:
 
 def program() -> Path:
     """The folder with its program, built if needed."""
-    source = Path(UPSTREAM).absolute() / SOURCE
-    text = source.read_text()
-    for before, after in EDITS.items():
-        assert before in text, f"{SOURCE} has changed: {before}"
-        text = text.replace(before, after, 1)
-    key = hashlib.sha256(f"{git('rev-parse', 'HEAD^{tree}')}{text}".encode()).hexdigest()[:16]
+    edited = {path: _edited(path) for path in EDITS}
+    key = hashlib.sha256(f"{git('rev-parse', 'HEAD^{tree}')}{edited}".encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "kubeai-upstream" / key
     if not (folder / PROGRAM).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        edited, overlay = folder / "run.go", folder / "overlay.json"
-        edited.write_text(text)
-        overlay.write_text(json.dumps({"Replace": {str(source): str(edited)}}))
+        replace = {}
+        for path, text in edited.items():
+            file = folder / Path(path).name
+            file.write_text(text)
+            replace[str(Path(UPSTREAM).absolute() / path)] = str(file)
+        overlay = folder / "overlay.json"
+        overlay.write_text(json.dumps({"Replace": replace}))
         partial = folder / f"{PROGRAM}.{os.getpid()}"
         subprocess.run(
             ["go", "build", f"-overlay={overlay}", "-o", str(partial), "./cmd"],
@@ -75,6 +82,14 @@ def program() -> Path:
         )
         partial.rename(folder / PROGRAM)
     return folder
+
+
+def _edited(path: str) -> str:
+    text = (Path(UPSTREAM) / path).read_text()
+    for before, after in EDITS[path].items():
+        assert before in text, f"{path} has changed: {before}"
+        text = text.replace(before, after, 1)
+    return text
 
 
 def chart(folder: Path) -> Path:
