@@ -6,6 +6,7 @@ docs/start/from-kubeai-in-go.md describes the steps, and has the counts that thi
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -20,16 +21,18 @@ from servers import CONTROL_PLANE, ApiServer, assets, cluster
 from service_traffic import ServiceAddress, Traffic
 from sites import RELEASE, Site
 
-from kubeai.kube.resources import LEASES, MODELS, PODS
+from kubeai.kube.client import Kube
+from kubeai.kube.resources import CONFIGMAPS, CRDS, LEASES, MODELS, PODS, PVCS, SERVICES
 
 pytestmark = [
     pytest.mark.upstream,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not upstreams.UPSTREAM, reason="UPSTREAM names no clone of KubeAI in Go"),
 ]
-OF_KUBEAI = "app.kubernetes.io/name=kubeai,app.kubernetes.io/instance=kubeai"
+OF_INSTANCE = "app.kubernetes.io/instance"
+OF_KUBEAI = f"app.kubernetes.io/name=kubeai,{OF_INSTANCE}=kubeai"
 OF_GO = f"{OF_KUBEAI},helm.sh/chart=kubeai-0.22.1"
-GO, PYTHON = "KubeAI in Go", "this KubeAI"
+GO, HERE, DETACHED = "KubeAI in Go", "this KubeAI", "move, detached"
 
 
 def gpu_model(name: str, **spec) -> dict:
@@ -101,9 +104,38 @@ class Move(Site):
         """To this KubeAI. On this machine each pod must be told where to listen."""
         await asyncio.to_thread(
             self.helm,
-            *("upgrade", "kubeai", str(CHART), "--reuse-values", *IMAGE, "--wait"),
-            *("--set", "args={--host=$(POD_IP)}"),
+            *("upgrade", "kubeai", str(CHART), *IMAGE, "--wait"),
+            values=self.go_values | {"args": ["--host=$(POD_IP)"]},
         )
+
+    async def detach(self) -> None:
+        """Leave the pods of KubeAI in Go to themselves; they still serve."""
+        await self.run("delete", "deployment", "kubeai", "--cascade=orphan")
+        await self.run("delete", "replicasets", "--cascade=orphan", "--selector", OF_KUBEAI)
+
+    async def end_detached(self, traffic: Traffic) -> None:
+        """Take them out of the Service, and delete them once new connections go elsewhere."""
+        label = f"{OF_INSTANCE}=kubeai-in-go"
+        await self.run("label", "pods", "--overwrite", label, "--selector", OF_GO)
+        await traffic.answers()  # those that were in flight have ended
+        await self.run("delete", "pods", "--selector", label)
+
+    async def state(self) -> dict[str, str]:
+        """The uids of what both programs keep."""
+        found = {}
+        for resource, name in (
+            (CONFIGMAPS, "kubeai-autoscaler-state"),
+            (PVCS, "shared-model-cache-shared"),
+            (SERVICES, "kubeai"),
+            (CRDS, "models.kubeai.org"),
+            *((MODELS, each["metadata"]["name"]) for each in await self._models()),
+        ):
+            obj = await self.kube.get(resource, name)
+            found[f"{resource.kind} {name}"] = obj["metadata"]["uid"]
+        return found
+
+    async def _models(self) -> list[dict]:
+        return (await self.kube.list(MODELS, self.namespace))[0]
 
     async def roll_back(self) -> None:
         await asyncio.to_thread(self.helm, "rollback", "kubeai", "1", "--wait")
@@ -160,6 +192,41 @@ class Move(Site):
         await until("the Model is at zero", cold, 180)
 
 
+class Leaders:
+    """Watches the two Leases of KubeAI in Go. ``at_once``: when both programs held one."""
+
+    def __init__(self, kube: Kube) -> None:
+        self._leases: dict[str, tuple[str, float]] = {}
+        self.at_once: list[str] = []
+        self._task = asyncio.create_task(
+            kube.follow(LEASES, RELEASE, replaced=self._replaced, changed=self._changed)
+        )
+
+    async def __aenter__(self) -> Leaders:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def _replaced(self, leases: list[dict]) -> None:
+        for lease in leases:
+            self._changed("ADDED", lease)
+
+    def _changed(self, kind: str, lease: dict) -> None:
+        spec = lease.get("spec") or {}
+        holder = spec.get("holderIdentity") or ""
+        # KubeAI in Go's controller appends an id to its pod's name.
+        self._leases[lease["metadata"]["name"]] = (
+            holder.partition("_")[0],
+            time.monotonic() + spec.get("leaseDurationSeconds", 0),
+        )
+        now = time.monotonic()
+        held = {pod for pod, until_s in self._leases.values() if pod and now < until_s}
+        if len(held) > 1:
+            self.at_once.append(f"{lease['metadata']['name']}: {sorted(held)}")
+
+
 @pytest.fixture(scope="module")
 def api(tmp_path_factory) -> Iterator[ApiServer]:
     if assets(*CONTROL_PLANE, "helm", "kubectl") is None:
@@ -212,30 +279,53 @@ async def test_models_move_from_kubeai_in_go_and_back(move, hub):
     await move.ready_once(COUNTS)
     await move.adapter_loaded()
     await move.leads_as(GO)
-    engines = await move.engines()
-    async with (
-        ServiceAddress(move.kube, RELEASE, "kubeai") as address,
-        Traffic(address.url) as traffic,
-    ):
-        start_clients(traffic, move)
+    (loaded,) = move.folder.rglob("model.bin")
+    file = loaded.stat()
+    state = await move.state()
+    async with ServiceAddress(move.kube, RELEASE, "kubeai") as address:
+        traffic = Traffic(address.url)
         try:
-            await traffic.phase(GO)
-            await traffic.phase("restart of KubeAI in Go", at_least=0)
-            await move.run("rollout", "restart", "deployment/kubeai")
-            await move.run("rollout", "status", "deployment/kubeai")
-            await move.leads_as(GO)
-            await traffic.answers()
-            await traffic.phase("move", at_least=0)
-            await move.upgrade()
-            await move.leads_as(PYTHON)
-            await traffic.answers()
-            await traffic.phase(PYTHON)
-            assert await move.engines() == engines
-            await traffic.phase("way back", at_least=0)
-            await move.roll_back()
-            await move.leads_as(GO)
-            await traffic.answers()
-            await traffic.phase(GO + ", again")
-            print(set(await move.engines()) - set(engines))
+            async with Leaders(move.kube) as leaders, traffic:
+                start_clients(traffic, move)
+                await _there_and_back(move, traffic)
         finally:
             print(traffic.table(), *traffic.failures, sep="\n")
+    assert leaders.at_once == []
+    assert await move.state() == state
+    after = loaded.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (file.st_ino, file.st_mtime_ns), "loaded again"
+    counts = traffic.counts
+    for phase in (HERE, f"{HERE}, again"):
+        assert not counts[phase].failed, phase
+    new = [each for each in traffic.failures if DETACHED in each and "new connection" in each]
+    assert new == [], "only responses on connections that were kept can be cut"
+
+
+async def _there_and_back(move: Move, traffic: Traffic) -> None:
+    engines = await move.engines()
+    await traffic.phase(GO)
+    await traffic.phase(f"restart of {GO}", at_least=0)
+    await move.run("rollout", "restart", "deployment/kubeai")
+    await move.run("rollout", "status", "deployment/kubeai")
+    await move.leads_as(GO)
+    await traffic.answers()
+    await traffic.phase("move, short", at_least=0)
+    await move.upgrade()
+    await move.leads_as(HERE)
+    await traffic.answers()
+    await traffic.phase(HERE)
+    assert await move.engines() == engines
+    await traffic.phase("way back", at_least=0)
+    await move.roll_back()
+    await move.leads_as(GO)
+    await traffic.answers()
+    assert await move.engines() == engines
+    await traffic.phase(f"{GO}, again")
+    await traffic.phase(DETACHED, at_least=0)
+    await move.detach()
+    await move.upgrade()
+    await move.end_detached(traffic)
+    await move.leads_as(HERE)
+    await traffic.answers()
+    await traffic.phase(f"{HERE}, again")
+    assert await move.engines() == engines
