@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from repository import REPOSITORY
 
-AGE_MIN, EVERY = 20, 50
+AGE_MIN, EVERY = 20, 25
 BUILD_TIMEOUT_S = 900
 WHEEL = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 PROGRAM = "kubeai-previous"

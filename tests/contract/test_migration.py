@@ -31,7 +31,8 @@ pytestmark = [
 ]
 OF_INSTANCE = "app.kubernetes.io/instance"
 OF_KUBEAI = f"app.kubernetes.io/name=kubeai,{OF_INSTANCE}=kubeai"
-OF_GO = f"{OF_KUBEAI},helm.sh/chart=kubeai-0.22.1"
+GO_CHART = "helm.sh/chart=kubeai-0.22.1"
+OF_GO = f"{OF_KUBEAI},{GO_CHART}"
 GO, HERE, DETACHED = "KubeAI in Go", "this KubeAI", "move, detached"
 
 
@@ -196,18 +197,30 @@ class Leaders:
     """Watches the two Leases of KubeAI in Go. ``at_once``: when both programs held one."""
 
     def __init__(self, kube: Kube) -> None:
-        self._leases: dict[str, tuple[str, float]] = {}
+        self._leases: dict[str, tuple[bool, float]] = {}
+        self._go: set[str] = set()  # names of pods
         self.at_once: list[str] = []
-        self._task = asyncio.create_task(
-            kube.follow(LEASES, RELEASE, replaced=self._replaced, changed=self._changed)
-        )
+        pods = {"replaced": self._replaced_pods, "changed": self._changed_pod}
+        leases = {"replaced": self._replaced, "changed": self._changed}
+        self._tasks = [
+            asyncio.create_task(kube.follow(PODS, RELEASE, labels=GO_CHART, **pods)),
+            asyncio.create_task(kube.follow(LEASES, RELEASE, **leases)),
+        ]
 
     async def __aenter__(self) -> Leaders:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _replaced_pods(self, pods: list[dict]) -> None:
+        for pod in pods:
+            self._changed_pod("ADDED", pod)
+
+    def _changed_pod(self, kind: str, pod: dict) -> None:
+        self._go.add(pod["metadata"]["name"])
 
     def _replaced(self, leases: list[dict]) -> None:
         for lease in leases:
@@ -216,15 +229,13 @@ class Leaders:
     def _changed(self, kind: str, lease: dict) -> None:
         spec = lease.get("spec") or {}
         holder = spec.get("holderIdentity") or ""
-        # KubeAI in Go's controller appends an id to its pod's name.
-        self._leases[lease["metadata"]["name"]] = (
-            holder.partition("_")[0],
-            time.monotonic() + spec.get("leaseDurationSeconds", 0),
-        )
+        # KubeAI in Go's controller is called <host name>_<id>.
+        is_go = "_" in holder or holder in self._go
+        until_s = time.monotonic() + spec.get("leaseDurationSeconds", 0) if holder else 0.0
+        self._leases[lease["metadata"]["name"]] = is_go, until_s
         now = time.monotonic()
-        held = {pod for pod, until_s in self._leases.values() if pod and now < until_s}
-        if len(held) > 1:
-            self.at_once.append(f"{lease['metadata']['name']}: {sorted(held)}")
+        if len({is_go for is_go, until_s in self._leases.values() if now < until_s}) > 1:
+            self.at_once.append(f"{lease['metadata']['name']} of {holder}")
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +297,7 @@ async def test_models_move_from_kubeai_in_go_and_back(move, hub):
         traffic = Traffic(address.url)
         try:
             async with Leaders(move.kube) as leaders, traffic:
+                await traffic.phase(GO, at_least=0)
                 start_clients(traffic, move)
                 await _there_and_back(move, traffic)
         finally:
@@ -303,7 +315,7 @@ async def test_models_move_from_kubeai_in_go_and_back(move, hub):
 
 async def _there_and_back(move: Move, traffic: Traffic) -> None:
     engines = await move.engines()
-    await traffic.phase(GO)
+    await traffic.answers()
     await traffic.phase(f"restart of {GO}", at_least=0)
     await move.run("rollout", "restart", "deployment/kubeai")
     await move.run("rollout", "status", "deployment/kubeai")
@@ -315,6 +327,9 @@ async def _there_and_back(move: Move, traffic: Traffic) -> None:
     await traffic.answers()
     await traffic.phase(HERE)
     assert await move.engines() == engines
+    assert "kubeai-in-go" in await move.run("get", "roles")
+    await move.upgrade()
+    assert "kubeai-in-go" not in await move.run("get", "roles")
     await traffic.phase("way back", at_least=0)
     await move.roll_back()
     await move.leads_as(GO)
