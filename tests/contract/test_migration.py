@@ -6,7 +6,6 @@ docs/start/from-kubeai-in-go.md describes the steps, and has the counts that thi
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from servers import CONTROL_PLANE, ApiServer, assets, cluster
 from service_traffic import ServiceAddress, Traffic
 from sites import RELEASE, Site
 
-from kubeai.kube.client import Kube
 from kubeai.kube.resources import CONFIGMAPS, CRDS, LEASES, MODELS, PODS, PVCS, SERVICES
+from kubeai.operator.leader import GO_CONTROLLER_LEASE_NAME, LEASE_NAME
 
 pytestmark = [
     pytest.mark.upstream,
@@ -31,8 +30,7 @@ pytestmark = [
 ]
 OF_INSTANCE = "app.kubernetes.io/instance"
 OF_KUBEAI = f"app.kubernetes.io/name=kubeai,{OF_INSTANCE}=kubeai"
-GO_CHART = "helm.sh/chart=kubeai-0.22.1"
-OF_GO = f"{OF_KUBEAI},{GO_CHART}"
+OF_GO = f"{OF_KUBEAI},helm.sh/chart=kubeai-0.22.1"
 GO, HERE, DETACHED = "KubeAI in Go", "this KubeAI", "move, detached"
 
 
@@ -58,6 +56,7 @@ def models(hub: Hub) -> list[dict]:
         gpu_model("cached", cacheProfile="shared", env=weights),
         gpu_model("adapted", adapters=[{"name": "fin", "url": "hf://mock/fin"}], env=weights),
         gpu_model("prefix", minReplicas=2, loadBalancing=prefix),
+        gpu_model("changed"),
         gpu_model("embed", features=["TextEmbedding"]),
     ]
 
@@ -144,27 +143,31 @@ class Move(Site):
     async def run(self, *arguments: str) -> str:
         return await asyncio.to_thread(self.kubectl, *arguments)
 
-    async def leader(self, name: str = "kubeai.org") -> str:
-        lease = await self.kube.get(LEASES, name, self.namespace)
-        return lease["spec"].get("holderIdentity") or ""
+    async def holder(self, lease: str) -> str:
+        found = await self.kube.get(LEASES, lease, self.namespace)
+        return found["spec"].get("holderIdentity") or ""
 
     async def kubeai_pods(self, labels: str = OF_KUBEAI) -> list[str]:
         pods, _ = await self.kube.list(PODS, self.namespace, labels=labels)
         return [pod["metadata"]["name"] for pod in pods]
 
     async def leads_as(self, who: str) -> None:
-        """Wait until only ``who`` has pods, and one of them leads."""
+        """Wait until only ``who`` has pods, and one of them holds both leases."""
 
         async def alone() -> bool:
-            all_, go = await self.kubeai_pods(), await self.kubeai_pods(OF_GO)
-            wanted = set(go if who == GO else set(all_) - set(go))
-            return wanted == set(all_) and await self.leader() in wanted
+            all_, go = set(await self.kubeai_pods()), set(await self.kubeai_pods(OF_GO))
+            wanted = go if who == GO else all_ - go
+            holder = await self.holder(GO_CONTROLLER_LEASE_NAME)
+            # The controller of KubeAI in Go is <host name>_<uid>.
+            holds = "_" in holder if who == GO else holder in wanted
+            return holds and wanted == all_ and await self.holder(LEASE_NAME) in wanted
 
         await until(f"{who} leads alone", alone, 90)
 
     async def engines(self) -> dict[str, str]:
-        """Name by uid of the engines' pods, but for the Model that starts from zero."""
-        pods, _ = await self.kube.list(PODS, self.namespace, labels="app=model,model!=cold")
+        """Name by uid of the engines' pods that neither program has a reason to replace."""
+        others = "app=model,model!=cold,model!=changed"
+        pods, _ = await self.kube.list(PODS, self.namespace, labels=others)
         return {pod["metadata"]["uid"]: pod["metadata"]["name"] for pod in pods}
 
     async def ready_once(self, counts: dict[str, int]) -> None:
@@ -185,57 +188,25 @@ class Move(Site):
 
         await until("the adapter is loaded", loaded, 60)
 
+    async def change(self) -> None:
+        """Change a Model, so that its pod is replaced."""
+        before, _ = await self.kube.list(PODS, self.namespace, labels="model=changed")
+        await self.kube.patch(MODELS, "changed", {"spec": {"env": {"CHANGED": "1"}}})
+
+        async def replaced() -> bool:
+            pods, _ = await self.kube.list(PODS, self.namespace, labels="model=changed")
+            return not {pod["metadata"]["uid"] for pod in pods} & {
+                pod["metadata"]["uid"] for pod in before
+            }
+
+        await until("the Model's pod is replaced", replaced, 90)
+
     async def is_cold(self) -> None:
         async def cold() -> bool:
             pods, _ = await self.kube.list(PODS, self.namespace, labels="model=cold")
             return not pods
 
         await until("the Model is at zero", cold, 180)
-
-
-class Leaders:
-    """Watches the two Leases of KubeAI in Go. ``at_once``: when both programs held one."""
-
-    def __init__(self, kube: Kube) -> None:
-        self._leases: dict[str, tuple[bool, float]] = {}
-        self._go: set[str] = set()  # names of pods
-        self.at_once: list[str] = []
-        pods = {"replaced": self._replaced_pods, "changed": self._changed_pod}
-        leases = {"replaced": self._replaced, "changed": self._changed}
-        self._tasks = [
-            asyncio.create_task(kube.follow(PODS, RELEASE, labels=GO_CHART, **pods)),
-            asyncio.create_task(kube.follow(LEASES, RELEASE, **leases)),
-        ]
-
-    async def __aenter__(self) -> Leaders:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _replaced_pods(self, pods: list[dict]) -> None:
-        for pod in pods:
-            self._changed_pod("ADDED", pod)
-
-    def _changed_pod(self, kind: str, pod: dict) -> None:
-        self._go.add(pod["metadata"]["name"])
-
-    def _replaced(self, leases: list[dict]) -> None:
-        for lease in leases:
-            self._changed("ADDED", lease)
-
-    def _changed(self, kind: str, lease: dict) -> None:
-        spec = lease.get("spec") or {}
-        holder = spec.get("holderIdentity") or ""
-        # KubeAI in Go's controller is called <host name>_<id>.
-        is_go = "_" in holder or holder in self._go
-        until_s = time.monotonic() + spec.get("leaseDurationSeconds", 0) if holder else 0.0
-        self._leases[lease["metadata"]["name"]] = is_go, until_s
-        now = time.monotonic()
-        if len({is_go for is_go, until_s in self._leases.values() if now < until_s}) > 1:
-            self.at_once.append(f"{lease['metadata']['name']} of {holder}")
 
 
 @pytest.fixture(scope="module")
@@ -274,13 +245,14 @@ def start_clients(traffic: Traffic, move: Move) -> None:
     for keeps in (True, False):
         traffic.start("stream", "fixed", keeps=keeps)
         traffic.start("chat", "cached", keeps=keeps)
+        traffic.start("stream", "changed", keeps=keeps)
         traffic.start("chat", "adapted_fin", keeps=keeps)
         traffic.start("stream", "prefix", keeps=keeps)
         traffic.start("embeddings", "embed", keeps=keeps)
     traffic.start("chat", "cold", keeps=False, ready=move.is_cold)
 
 
-COUNTS = {"fixed": 2, "cached": 1, "adapted": 1, "prefix": 2, "embed": 1}
+COUNTS = {"fixed": 2, "changed": 1, "cached": 1, "adapted": 1, "prefix": 2, "embed": 1}
 
 
 async def test_models_move_from_kubeai_in_go_and_back(move, hub):
@@ -296,13 +268,12 @@ async def test_models_move_from_kubeai_in_go_and_back(move, hub):
     async with ServiceAddress(move.kube, RELEASE, "kubeai") as address:
         traffic = Traffic(address.url)
         try:
-            async with Leaders(move.kube) as leaders, traffic:
+            async with traffic:
                 await traffic.phase(GO, at_least=0)
                 start_clients(traffic, move)
                 await _there_and_back(move, traffic)
         finally:
             print(traffic.table(), *traffic.failures, sep="\n")
-    assert leaders.at_once == []
     assert await move.state() == state
     after = loaded.stat()
     assert (after.st_ino, after.st_mtime_ns) == (file.st_ino, file.st_mtime_ns), "loaded again"
@@ -327,6 +298,8 @@ async def _there_and_back(move: Move, traffic: Traffic) -> None:
     await traffic.answers()
     await traffic.phase(HERE)
     assert await move.engines() == engines
+    await move.change()
+    await traffic.answers()
     assert "kubeai-in-go" in await move.run("get", "roles")
     await move.upgrade()
     assert "kubeai-in-go" not in await move.run("get", "roles")
