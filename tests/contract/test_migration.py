@@ -174,7 +174,9 @@ class Move(Site):
         for name, count in counts.items():
 
             async def so(name=name, count=count) -> bool:
-                pods, _ = await self.kube.list(PODS, self.namespace, labels=f"model={name}")
+                pods, _ = await self.kube.list(
+                    PODS, self.namespace, labels=f"app=model,model={name}"
+                )
                 return len(pods) == count and all(map(is_ready, pods))
 
             await until(f"{count} pods of {name} are ready", so, 120)

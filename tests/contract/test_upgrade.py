@@ -146,7 +146,9 @@ class Upgrade(Site):
         for name, count in COUNTS.items():
 
             async def so(name: str = name, count: int = count) -> bool:
-                pods, _ = await self.kube.list(PODS, self.namespace, labels=f"model={name}")
+                pods, _ = await self.kube.list(
+                    PODS, self.namespace, labels=f"app=model,model={name}"
+                )
                 return len(pods) >= count and all(map(is_ready, pods))
 
             await until(f"{count} pods of {name} are ready", so, 60)
