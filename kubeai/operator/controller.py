@@ -33,7 +33,7 @@ from kubeai.operator.cache.claims import Claims
 from kubeai.operator.cache.plan import CacheView, has_cache
 from kubeai.operator.events import Events
 from kubeai.operator.files import Files
-from kubeai.operator.leader import Leader, NotLeader, Writes
+from kubeai.operator.leader import Leadership, NotLeader, Writes
 from kubeai.operator.names import NO_NAMES, ResolvedNames
 from kubeai.operator.plan import (
     Action,
@@ -97,7 +97,7 @@ class Controller:
         config: SystemConfig,
         namespace: str,
         store: Store,
-        leader: Leader,
+        leader: Leadership,
         loads: PodLoads,
         events: Events,
         clock: Callable[[], float] = time.monotonic,

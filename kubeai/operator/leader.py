@@ -1,4 +1,7 @@
-"""Leader election between replicas of KubeAI: the Lease ``kubeai.org``, by client-go's rules.
+"""Leader election between replicas of KubeAI, by client-go's rules.
+
+:class:`Leadership` is what the operator uses: a replica leads while it holds two Leases, and
+:class:`Leader` is a candidate for one of them.
 
 Owns the lease and the answer to "may this replica write now?". A candidate takes the lease when it
 has not changed for its duration by the candidate's own clock (clocks of different machines are
@@ -19,14 +22,19 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Protocol
 
+from kubeai.api.config.system import LeaderElection
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import LEASES, Resource
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
 LEASE_NAME = "kubeai.org"
+# KubeAI in Go elects two leaders: with `kubeai.org` that of its autoscaler, with this one that of
+# its controller. While someone moves from one KubeAI to the other, pods of both run.
+GO_CONTROLLER_LEASE_NAME = "cc6bca10.substratus.ai"
 RELEASE_TIMEOUT_S = 3.0
 
 
@@ -83,7 +91,7 @@ def boot_time_s() -> float:
 
 
 class Leader:
-    """One candidate. Call ``run``, cancel it, then call ``release``."""
+    """A candidate for one Lease. Call ``step`` again and again, and ``release`` in the end."""
 
     def __init__(
         self,
@@ -94,12 +102,16 @@ class Leader:
         lease_duration_s: float,
         renew_deadline_s: float,
         retry_period_s: float,
+        name: str = LEASE_NAME,
+        wanted: Callable[[], bool] = lambda: True,
         changed: Callable[[bool], None] = lambda leads: None,
         clock: Callable[[], float] = boot_time_s,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         rand: Callable[[], float] = random.random,
     ) -> None:
+        """``wanted``: whether the lease may be acquired; without, it is only observed."""
         self._kube = kube
+        self._name = name
+        self._wanted = wanted
         self._namespace = namespace
         self._identity = identity
         # The Lease holds whole seconds. Rounding up keeps others from taking over too early.
@@ -108,7 +120,6 @@ class Leader:
         self._retry_period_s = retry_period_s
         self._changed = changed
         self._clock = clock
-        self._sleep = sleep
         self._random = rand
         self._lease: dict[str, Any] | None = None  # as last seen
         self._seen_s = -math.inf  # when we last saw it change, by our clock
@@ -125,22 +136,26 @@ class Leader:
         if not self.leads:
             raise NotLeader
 
-    async def run(self) -> None:
-        """Acquire and renew the lease until cancelled. Calls ``changed`` at each transition."""
-        while True:
-            renewed_s = self._renewed_s
-            try:
-                held = await self._try_once()
-            except ApiError as error:
-                held = self.leads
-                log.info("lease not renewed", leads=held, status=error.status, error=str(error))
-            if self._clock() - renewed_s >= self._renew_deadline_s:
-                self._turn(False)  # it briefly did not lead, and events were skipped meanwhile
-            self._turn(held)
-            await self._sleep(self._wait_s())
+    async def step(self) -> None:
+        """Acquire or renew the lease, or observe it. Calls ``changed`` at each transition."""
+        renewed_s = self._renewed_s
+        try:
+            held = await self._try_once()
+        except ApiError as error:
+            held = self.leads
+            log.info(
+                "lease not renewed",
+                lease=self._name,
+                leads=held,
+                status=error.status,
+                error=str(error),
+            )
+        if self._clock() - renewed_s >= self._renew_deadline_s:
+            self._turn(False)  # it briefly did not lead, and events were skipped meanwhile
+        self._turn(held)
 
     async def release(self) -> None:
-        """Release the lease so that a successor need not wait. Call after ``run`` has ended."""
+        """Release the lease so that a successor need not wait. Not during ``step``."""
         if not self._leads or self._lease is None:
             return
         self._turn(False)
@@ -152,7 +167,7 @@ class Leader:
                     if error.status != 409:
                         raise
                     # A cancelled renewal did succeed: the lease is newer than our copy.
-                    lease = await self._kube.get(LEASES, LEASE_NAME, self._namespace)
+                    lease = await self._kube.get(LEASES, self._name, self._namespace)
                     if _holder(lease) == self._identity:
                         await self._give_up(lease)
 
@@ -168,10 +183,10 @@ class Leader:
         if leads == self._leads:
             return
         self._leads = leads
-        log.info("leading" if leads else "stopped leading", identity=self._identity)
         self._changed(leads)
 
-    def _wait_s(self) -> float:
+    def wait_s(self) -> float:
+        """How long to wait until the next ``step``."""
         if self._leads:
             return self._retry_period_s
         # Spread candidates out, and let none sleep past the end of the lease.
@@ -191,6 +206,9 @@ class Leader:
             limit_s = max(0.05, self._renewed_s + self._renew_deadline_s - sent_s)
         try:
             async with asyncio.timeout(limit_s):
+                if not self._wanted():
+                    await (self.release() if self._leads else self._look())
+                    return False
                 if not self._leads or self._lease is None:
                     await self._look()
                     if self._taken():
@@ -212,7 +230,7 @@ class Leader:
 
     async def _look(self) -> None:
         try:
-            lease = await self._kube.get(LEASES, LEASE_NAME, self._namespace)
+            lease = await self._kube.get(LEASES, self._name, self._namespace)
         except ApiError as error:
             if error.status != 404:
                 raise
@@ -246,12 +264,78 @@ class Leader:
             "leaseTransitions": old.get("leaseTransitions", 0) + (0 if again or not old else 1),
         }
         if self._lease is None:
-            meta = {"name": LEASE_NAME, "namespace": self._namespace}
+            meta = {"name": self._name, "namespace": self._namespace}
             lease = {"metadata": meta, "spec": spec}
             self._see(await self._kube.create(LEASES, lease, self._namespace))
         else:  # with the resourceVersion that we read, so only one of two candidates succeeds
             lease = self._lease | {"spec": spec}
             self._see(await self._kube.update(LEASES, lease, self._namespace))
+
+
+class Leadership:
+    """Holds both Leases of KubeAI in Go, so that it never writes while this replica leads.
+
+    The second one is acquired only by the holder of the first. Call ``run``, cancel it, then call
+    ``release``.
+    """
+
+    def __init__(
+        self,
+        kube: LeaseApi,
+        namespace: str,
+        identity: str,
+        config: LeaderElection,
+        changed: Callable[[bool], None] = lambda leads: None,
+        clock: Callable[[], float] = boot_time_s,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._changed = changed
+        self._identity = identity
+        self._sleep = sleep
+        self._led = False
+        candidate = partial(
+            Leader,
+            kube,
+            namespace,
+            identity,
+            lease_duration_s=config.lease_duration_s,
+            renew_deadline_s=config.renew_deadline_s,
+            retry_period_s=config.retry_period_s,
+            changed=self._turn,
+            clock=clock,
+        )
+        self._first = candidate(name=LEASE_NAME)
+        self._second = candidate(name=GO_CONTROLLER_LEASE_NAME, wanted=lambda: self._first.leads)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this replica may write at this moment."""
+        return self._first.leads and self._second.leads
+
+    def check(self) -> None:
+        """Raise NotLeader unless this replica may write at this moment."""
+        self._first.check()
+        self._second.check()
+
+    async def run(self) -> None:
+        """Acquire and renew the leases until cancelled. Calls ``changed`` at each transition."""
+        while True:
+            await asyncio.gather(self._first.step(), self._second.step())
+            if self._first.leads and not self._second.leads:
+                await self._second.step()  # the first one has been acquired since
+            await self._sleep(min(self._first.wait_s(), self._second.wait_s()))
+
+    async def release(self) -> None:
+        """Release the leases so that a successor need not wait. Call after ``run`` has ended."""
+        await self._second.release()
+        await self._first.release()
+
+    def _turn(self, _: bool) -> None:
+        if self.leads == self._led:
+            return
+        self._led = self.leads
+        log.info("leading" if self._led else "stopped leading", identity=self._identity)
+        self._changed(self._led)
 
 
 def _holder(lease: dict[str, Any] | None) -> str:

@@ -26,7 +26,7 @@ from kubeai.operator.controller import Controller
 from kubeai.operator.events import Events
 from kubeai.operator.groups import SetObject, needs_set
 from kubeai.operator.keys import Keys, Known
-from kubeai.operator.leader import Leader
+from kubeai.operator.leader import Leadership
 from kubeai.operator.names import Names
 from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
@@ -80,16 +80,7 @@ class Operator:
         self._names = Names()
         self._blocks = BlockTracker(config.gateway)
         self._starts = StartTracker()
-        lease = config.leader_election
-        self.leader = Leader(
-            kube,
-            namespace,
-            identity,
-            lease_duration_s=lease.lease_duration_s,
-            renew_deadline_s=lease.renew_deadline_s,
-            retry_period_s=lease.retry_period_s,
-            changed=self._turn,
-        )
+        self.leader = Leadership(kube, namespace, identity, config.leader_election, self._turn)
         self._events = Events(kube, namespace)
         self._keys: Keys | None = None
         if publish_key is not None:

@@ -21,6 +21,7 @@ from partitions import apart
 from proxies import Proxy
 
 from kubeai.kube.resources import LEASES, MODELS
+from kubeai.operator.leader import GO_CONTROLLER_LEASE_NAME, LEASE_NAME
 
 LEASE_S, RENEW_S, RETRY_S = 2, 1.0, 0.2
 CONFIG = {
@@ -67,9 +68,14 @@ class Replica:
         return [a for a in self.proxy.arrivals if not any(kind in a.call for kind in kinds)]
 
     def renewals(self):
-        """When a renewal came that was accepted."""
-        accepted = (200, 201)
-        return [a.at_s for a in self.proxy.arrivals if "/leases" in a.call and a.status in accepted]
+        """When a renewal came that was accepted; of the first of the two leases."""
+        return [
+            a.at_s
+            for a in self.proxy.arrivals
+            if "/leases" in a.call
+            and a.status in (200, 201)
+            and not a.call.endswith(GO_CONTROLLER_LEASE_NAME)
+        ]
 
 
 class Fleet:
@@ -82,7 +88,13 @@ class Fleet:
         self.replicas = {}
         self.turns = []  # (when, holder)
         self._task = asyncio.create_task(
-            kube.follow(LEASES, namespace, replaced=self._replaced, changed=self._changed)
+            kube.follow(
+                LEASES,
+                namespace,
+                fields=f"metadata.name={LEASE_NAME}",
+                replaced=self._replaced,
+                changed=self._changed,
+            )
         )
 
     async def close(self):

@@ -27,7 +27,7 @@ from kubeai.kube.resources import CONFIGMAPS, MODELS
 from kubeai.logs import get_logger
 from kubeai.operator.controller import PodLoads
 from kubeai.operator.events import Events
-from kubeai.operator.leader import Leader, NotLeader
+from kubeai.operator.leader import Leadership, NotLeader
 from kubeai.operator.plan import bounded
 from kubeai.operator.scaling.autoscaler import Autoscaler, Decision, Sample
 from kubeai.operator.scaling.swap import Swap, View
@@ -181,7 +181,7 @@ class Scaler:
         namespace: str,
         config: ModelAutoscaling,
         store: Store,
-        leader: Leader,
+        leader: Leadership,
         loads: Loads,
         events: Events,
         timeline: Timeline,

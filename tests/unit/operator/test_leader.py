@@ -8,18 +8,24 @@ import copy
 import pytest
 from fakes.time import FAKE_TIME
 
+from kubeai.api.config.system import LeaderElection
 from kubeai.kube.errors import ApiError
-from kubeai.operator.leader import Leader, NotLeader
+from kubeai.operator.leader import (
+    GO_CONTROLLER_LEASE_NAME,
+    LEASE_NAME,
+    Leadership,
+    NotLeader,
+)
 
 LEASE_S, RENEW_S, RETRY_S = 15.0, 10.0, 2.0
 pytestmark = FAKE_TIME
 
 
 class Leases:
-    """One Lease with optimistic concurrency; can be unavailable."""
+    """Leases with optimistic concurrency; can be unavailable."""
 
     def __init__(self):
-        self.lease = None
+        self.kept = {}
         self.version = 0
         self.writes = []
         self.away = False
@@ -33,21 +39,22 @@ class Leases:
 
     async def get(self, r, name, namespace=""):
         await self._answer()
-        if self.lease is None:
+        if name not in self.kept:
             raise ApiError(404, "NotFound", name)
-        return copy.deepcopy(self.lease)
+        return copy.deepcopy(self.kept[name])
 
     async def create(self, r, obj, namespace=""):
         await self._answer()
-        if self.lease is not None:
+        if obj["metadata"]["name"] in self.kept:
             raise ApiError(409, "AlreadyExists", "taken")
         return self._keep(obj)
 
     async def update(self, r, obj, namespace=""):
         await self._answer()
-        if self.lease is None:
+        kept = self.kept.get(obj["metadata"]["name"])
+        if kept is None:
             raise ApiError(404, "NotFound", "gone")
-        if obj["metadata"]["resourceVersion"] != self.lease["metadata"]["resourceVersion"]:
+        if obj["metadata"]["resourceVersion"] != kept["metadata"]["resourceVersion"]:
             raise ApiError(409, "Conflict", "changed")
         kept = self._keep(obj)
         await asyncio.sleep(self.answer_s)
@@ -55,16 +62,38 @@ class Leases:
 
     def _keep(self, obj):
         self.version += 1
-        self.lease = copy.deepcopy(obj)
-        self.lease["metadata"]["resourceVersion"] = str(self.version)
-        self.writes.append(self.holder)
+        kept = copy.deepcopy(obj)
+        kept["metadata"]["resourceVersion"] = str(self.version)
+        name = obj["metadata"]["name"]
+        self.kept[name] = kept
+        if name == LEASE_NAME:
+            self.writes.append(self.holder)
         if self.lose_answers:
             raise ApiError(0, "Unreachable", "the answer is lost")
-        return copy.deepcopy(self.lease)
+        return copy.deepcopy(kept)
+
+    @property
+    def lease(self):
+        return self.kept.get(LEASE_NAME)
+
+    @lease.setter
+    def lease(self, lease):
+        if lease is None:
+            del self.kept[LEASE_NAME]
+        else:
+            self.kept[LEASE_NAME] = lease
 
     @property
     def holder(self):
         return self.lease["spec"]["holderIdentity"]
+
+    def held_by_go(self, *names):
+        """What a leader of KubeAI in Go has left, as of now."""
+        for name in names:
+            self.version += 1
+            spec = {"holderIdentity": "kubeai-in-go", "leaseDurationSeconds": LEASE_S}
+            meta = {"name": name, "resourceVersion": str(self.version)}
+            self.kept[name] = {"metadata": meta, "spec": spec}
 
 
 class Candidate:
@@ -73,12 +102,14 @@ class Candidate:
     def __init__(self, leases, identity, turns):
         self.identity = identity
         self.turns = turns
-        self.leader = Leader(
-            leases, "default", identity,
-            lease_duration_s=LEASE_S, renew_deadline_s=RENEW_S, retry_period_s=RETRY_S,
+        config = LeaderElection(
+            lease_duration_s=LEASE_S, renew_deadline_s=RENEW_S, retry_period_s=RETRY_S
+        )
+        self.leader = Leadership(
+            *(leases, "default", identity, config),
             changed=lambda leads: turns.append((identity, leads)),
             clock=asyncio.get_running_loop().time,
-        )  # fmt: skip
+        )
         self.task = None
 
     @property
@@ -332,3 +363,49 @@ async def test_another_holders_clock_does_not_matter(world, year):
         await asyncio.sleep(RETRY_S)
         assert not one.leads
     await world.until(lambda: one.leads, LEASE_S + RETRY_S)
+
+
+async def test_a_replica_does_not_lead_while_the_controller_of_kubeai_in_go_does(world):
+    """Its autoscaler's lease is free: with two replicas, each may hold one of the leases."""
+    world.leases.held_by_go(GO_CONTROLLER_LEASE_NAME)
+    one = world.join("one")
+    for _ in range(5):
+        await asyncio.sleep(LEASE_S / 2)
+        assert not one.leads
+        with pytest.raises(NotLeader):
+            one.leader.check()
+        world.leases.held_by_go(GO_CONTROLLER_LEASE_NAME)
+    await world.until(lambda: one.leads, LEASE_S + RETRY_S)
+
+
+async def test_the_controller_of_kubeai_in_go_cannot_lead_beside_a_leader(world):
+    one, two = world.join("one"), world.join("two")
+    await world.until(lambda: one.leads or two.leads, RETRY_S)
+    leader, other = (one, two) if one.leads else (two, one)
+    for _ in range(4):
+        await asyncio.sleep(LEASE_S)
+        spec = world.leases.kept[GO_CONTROLLER_LEASE_NAME]["spec"]
+        assert spec["holderIdentity"] == leader.identity
+    await leader.freeze()
+    await leader.leader.release()
+    spec = world.leases.kept[GO_CONTROLLER_LEASE_NAME]["spec"]
+    assert spec["holderIdentity"] == ""
+    await world.until(lambda: other.leads, RETRY_S)
+    spec = world.leases.kept[GO_CONTROLLER_LEASE_NAME]["spec"]
+    assert spec["holderIdentity"] == other.identity
+
+
+async def test_a_leader_stops_if_it_loses_only_the_lease_of_go_s_controller(world):
+    one = world.join("one")
+    await world.until(lambda: one.leads, RETRY_S)
+    world.leases.held_by_go(GO_CONTROLLER_LEASE_NAME)
+    await world.until(lambda: not one.leads, 2 * RETRY_S)
+    assert world.turns == [("one", True), ("one", False)]
+    assert world.leases.holder == "one", "the others need not compete for it"
+    await world.until(lambda: one.leads, LEASE_S + 2 * RETRY_S)
+
+
+async def test_both_leases_of_a_dead_leader_expire_together(world):
+    world.leases.held_by_go(LEASE_NAME, GO_CONTROLLER_LEASE_NAME)
+    one = world.join("one")
+    assert await world.until(lambda: one.leads, LEASE_S + RETRY_S) >= LEASE_S - 0.1
