@@ -7,12 +7,13 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from repository import REPOSITORY
 
-pytestmark = [pytest.mark.docs, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.docs, pytest.mark.timeout(600)]
 pytest.importorskip("mkdocs")
 sys.path.append(str(REPOSITORY / "docs/_site"))
 
@@ -74,7 +75,12 @@ def test_versions_are_added_to_the_branch_that_is_served(tmp_path):
     clone = tmp_path / "clone"
     mermaid = tmp_path / "mermaid.js"
     mermaid.write_text("")
-    environment = os.environ | {"MERMAID": str(mermaid), "NO_MKDOCS_2_WARNING": "1"}
+    programs = Path(sys.executable).parent
+    environment = os.environ | {
+        "MERMAID": str(mermaid),
+        "NO_MKDOCS_2_WARNING": "1",
+        "PATH": f"{programs}:{os.environ['PATH']}",
+    }
     for role in ("AUTHOR", "COMMITTER"):
         environment |= {f"GIT_{role}_NAME": "test", f"GIT_{role}_EMAIL": "test@example.org"}
 
@@ -84,7 +90,7 @@ def test_versions_are_added_to_the_branch_that_is_served(tmp_path):
         ).stdout
 
     run("git", "clone", "-q", "--shared", str(REPOSITORY), str(clone), cwd=tmp_path)
-    deploy = (sys.executable, "-m", "mike.driver", "deploy", "--branch", "pages")
+    deploy = (str(programs / "mike"), "deploy", "--branch", "pages")
     run(*deploy, "--update-aliases", "--alias-type", "copy", "1.2", "latest")
     files = run("git", "ls-tree", "-r", "--name-only", "pages").splitlines()
     assert {"1.2/index.html", "1.2/start/local/index.html", "latest/index.html"} <= set(files)
