@@ -87,11 +87,15 @@ async def visit(browser, site):
             if response.status >= 400:
                 problems.append(f"{response.status} {response.url}")
 
+        def logged(message):
+            if message.type == "error":
+                problems.append(f"error: {message.text}")
+
         async def visit(name: str, viewport=WIDE):
             page = await browser.new_page(viewport=viewport, color_scheme="light")
             stack.push_async_callback(page.close)
             page.set_default_timeout(30_000)
-            page.on("console", lambda m: m.type == "error" and problems.append(f"error: {m.text}"))
+            page.on("console", logged)
             page.on("pageerror", lambda error: problems.append(f"uncaught: {error}"))
             page.on("response", responded)
             page.on("request", lambda request: _check_host(request.url, site, problems))
