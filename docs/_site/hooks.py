@@ -19,8 +19,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY / "tests"), str(REPOSITORY / "tests/docs")]
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(REPOSITORY / "tests"), str(REPOSITORY / "tests/docs")]
 
 import previews  # noqa: E402
 from doc_pages import COMMENT, PageError, check_front_matter, markdown_tokens  # noqa: E402
@@ -53,9 +54,8 @@ class Links(Treeprocessor):
         except ValueError as error:
             log.warning("%s: the link %r is malformed: %s", name, url, error)
             return
-        if parts.scheme in ("http", "https"):
-            if not parts.hostname or " " in url:
-                log.warning("%s: the link %r is malformed", name, url)
+        if parts.scheme in ("http", "https") and (not parts.hostname or " " in url):
+            log.warning("%s: the link %r is malformed", name, url)
         if parts.scheme or parts.netloc or not parts.path or parts.path.startswith("/"):
             return
         outside = _outside(PurePosixPath("docs", name).parent / unquote(parts.path))
@@ -94,7 +94,7 @@ class LinksExtension(Extension):
         super().__init__()
         self.links = links
 
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+    def extendMarkdown(self, md: Markdown) -> None:
         """Called by Python-Markdown for each page."""
         md.treeprocessors.register(self.links, "kubeai-links", 5)
 

@@ -30,7 +30,7 @@ from helms import (
 )
 from kubelets import Kubelet, is_ready
 from operators import chart_role, documented_role
-from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node, wait_until
+from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node
 
 from kubeai.api.config.system import SystemConfig, parse_config
 from kubeai.api.crd import model_crd
@@ -508,14 +508,6 @@ def models_installed(api: ApiServer):
         delete_models_type(api)
 
 
-# What makes engines pass "restricted": of docs/reference/helm.md.
-RESTRICTED = {
-    "podSecurityContext": {
-        "runAsNonRoot": True,
-        "runAsUser": 1000,
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-}
 WARNED = {
     "VLLM": ("hf://o/m", {}),
     "VLLM with adapters": ("hf://o/m", {"adapters": [{"name": "a", "url": "hf://o/a"}]}),
@@ -541,70 +533,6 @@ def test_docs_list_pod_security_violations_of_engines(helm, api, namespace):
     config = parse_config(config_of(helm.render("kubeai", values=CACHED | restricted)))
     for pod in _pods_of(config).values():
         assert _violations(api, namespace, pod) == []
-
-
-NVIDIA = "values-nvidia-k8s-device-plugin.yaml"
-LABELS = {"nvidia.com/gpu.family": "ada-lovelace", "nvidia.com/gpu.memory": "23034"}
-# How GPU nodes are labelled where a values file is for: (files, profile, labels).
-PLACES = {
-    "nvidia": ([NVIDIA], "nvidia-gpu-l4", LABELS),
-    "eks": (["values-eks.yaml"], "nvidia-gpu-l4", {"karpenter.k8s.aws/instance-gpu-name": "l4"}),
-    "gke": (
-        ["values-gke.yaml"],
-        "nvidia-gpu-l4",
-        {"cloud.google.com/gke-accelerator": "nvidia-l4", "cloud.google.com/gke-spot": "true"},
-    ),
-    "aks": (
-        ["values-aks.yaml"],
-        "nvidia-gpu-a100-80gb",
-        {"node.kubernetes.io/instance-type": "Standard_NC24ads_A100_v4"},
-    ),
-    "aks-t4": (
-        ["values-aks.yaml"],
-        "nvidia-gpu-t4",
-        {"node.kubernetes.io/instance-type": "Standard_NC4as_T4_v3"},
-    ),
-    "openshift": ([NVIDIA, "values-openshift.yaml"], "nvidia-gpu-l4", LABELS),
-    "k3s": ([NVIDIA, "values-k3s.yaml"], "nvidia-gpu-l4", LABELS),
-}
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_pods_of_a_profile_run_on_the_gpu_nodes_of_the_place_only(helm, api, namespace, place):
-    """On a tainted node with its labels; a node with a GPU of another kind is left alone."""
-    files, profile, labels = PLACES[place]
-    options = [word for file in files for word in ("--values", str(CHART / file))]
-    rendered = helm.render("kubeai", *options, values={"modelServerPods": RESTRICTED})
-    config = parse_config(config_of(rendered))
-    pod = build_pod(_decoded("VLLM", "hf://o/m", resourceProfile=f"{profile}:1"), config)
-    pod["metadata"] = {"name": "engine"}
-    pod["spec"].pop("serviceAccountName")  # the namespace has no release
-    taint = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}
-    others = {key: f"no-{value}" for key, value in labels.items()}
-    with contextlib.ExitStack() as stack:
-        if place == "k3s":
-            handler = {"metadata": {"name": "nvidia"}, "handler": "nvidia"}
-            stack.enter_context(_created(api, "/apis/node.k8s.io/v1/runtimeclasses", handler))
-        for name, its in (("other-gpu", others), (f"gpu-{place}", labels)):
-            made = node(name, {"nvidia.com/gpu": "1"}, its, taints=[taint])
-            stack.enter_context(_created(api, "/api/v1/nodes", made))
-        path = f"/api/v1/namespaces/{namespace}/pods"
-        stack.enter_context(_created(api, path, pod))
-        wait_until(
-            lambda: api.request("GET", f"{path}/engine")[1]["spec"].get("nodeName"),
-            "the scheduler has placed the pod",
-        )
-        assert api.request("GET", f"{path}/engine")[1]["spec"]["nodeName"] == f"gpu-{place}"
-
-
-@contextlib.contextmanager
-def _created(api: ApiServer, path: str, obj: dict) -> Iterator[None]:
-    code, answer = api.request("POST", path, obj)
-    assert code == 201, answer
-    try:
-        yield
-    finally:
-        api.request("DELETE", f"{path}/{obj['metadata']['name']}?gracePeriodSeconds=0")
 
 
 def _pods_of(config: SystemConfig) -> dict[str, dict]:
