@@ -15,6 +15,7 @@ from servers import KUBELET_CLIENT
 
 PYTHON = [sys.executable, "-S", "-E", "-u", "-c"]
 DEADLINE_S = 60.0  # a busy machine is slow
+READY_S = 120  # a program that starts on a busy machine
 # A server, and below it two daemons that nothing but their environment and parents remember: one
 # keeps its environment, the other empties it. Both ignore signals.
 NASTY = """
@@ -109,7 +110,7 @@ class Kubelet:
         self.process = subprocess.Popen(command, pass_fds=(write,))
         os.close(write)
         with os.fdopen(read) as pipe:
-            assert select.select([pipe], [], [], DEADLINE_S)[0], "the kubelet is not ready"
+            assert select.select([pipe], [], [], READY_S)[0], "the kubelet is not ready"
             assert pipe.readline().startswith("ready ")
 
     def kill(self, number: int = signal.SIGKILL) -> None:

@@ -97,6 +97,15 @@ VALUES = [block for block in BLOCKS if kind_of(block) in ("kubeai", "models")]
 CONFIGS = [block for block in BLOCKS if kind_of(block) == "config"]
 
 
+def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    """As Helm merges values: maps key by key."""
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = copy.deepcopy(value)
+
+
 @cache
 def config_of(page: str) -> SystemConfig:
     """The system config with the profiles of the chart, its cloud files, and the page's blocks."""
@@ -105,8 +114,7 @@ def config_of(page: str) -> SystemConfig:
     shown = [block.value for block in VALUES + CONFIGS if block.page == page]
     for values in files + shown:
         for key in PROFILES:
-            for name, value in (values.get(key) or {}).items():
-                merged[key][name] = {**merged[key].get(name, {}), **value}
+            merge(merged[key], values.get(key) or {})
     return parse_config(yaml.safe_dump(merged))
 
 
