@@ -115,7 +115,7 @@ docs-version: .venv/installed-docs $(MERMAID)  ## add VERSION=… of the site to
 screenshots: .venv/installed-browser  ## make the pictures in docs/how-to/console; needs Chromium
 	$(BIN)/python docs/screenshots.py
 
-browser: .venv/installed-browser  ## test the console in Chromium
+browser: .venv/installed-browser  ## test the console, and the site of `make docs`, in Chromium
 	$(BIN)/pytest tests/browser -n 2 --dist loadfile
 
 bench: .venv/installed-test  ## run all benchmarks and write docs/explain/performance.md

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import posixpath
+import re
 import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,12 +21,15 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY / "tests"), str(REPOSITORY / "tests/docs")]
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(REPOSITORY / "tests"), str(REPOSITORY / "tests/docs")]
 
 import previews  # noqa: E402
 from doc_pages import COMMENT, PageError, check_front_matter, markdown_tokens  # noqa: E402
 
+# An attribute of raw HTML with a relative URL.
+RELATIVE = re.compile(r'\b(src|srcset|href)="(?![a-z]+:|[/#])([^"]+)"')
 NOT_RUN = "Not run in CI: "
 log = logging.getLogger("mkdocs.hooks.kubeai")
 
@@ -53,9 +58,8 @@ class Links(Treeprocessor):
         except ValueError as error:
             log.warning("%s: the link %r is malformed: %s", name, url, error)
             return
-        if parts.scheme in ("http", "https"):
-            if not parts.hostname or " " in url:
-                log.warning("%s: the link %r is malformed", name, url)
+        if parts.scheme in ("http", "https") and (not parts.hostname or " " in url):
+            log.warning("%s: the link %r is malformed", name, url)
         if parts.scheme or parts.netloc or not parts.path or parts.path.startswith("/"):
             return
         outside = _outside(PurePosixPath("docs", name).parent / unquote(parts.path))
@@ -94,7 +98,7 @@ class LinksExtension(Extension):
         super().__init__()
         self.links = links
 
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+    def extendMarkdown(self, md: Markdown) -> None:
         """Called by Python-Markdown for each page."""
         md.treeprocessors.register(self.links, "kubeai-links", 5)
 
@@ -119,7 +123,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> str:
     """Check the front matter; turn the comments of the conventions into captions, or drop them."""
     name = f"docs/{page.file.src_uri}"
     _links.page = page
@@ -128,7 +132,26 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     except PageError as error:
         log.warning("%s", error)
     page.meta["social_image"] = previews.uri(page.file.src_uri)
-    return with_captions(markdown)
+    return with_captions(with_urls(markdown, page.file, files))
+
+
+def with_urls(markdown: str, file: File, files: Files) -> str:
+    """The page with the relative URLs in its HTML, which MkDocs leaves as they are, resolved."""
+
+    def resolved(found: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(file.src_uri), found[2]))
+        target = files.get_file_from_path(path)
+        if target is None:
+            log.warning("%s: there is no %r, to which its HTML refers", file.src_uri, found[2])
+            return found[0]
+        return f'{found[1]}="{target.url_relative_to(file)}"'
+
+    lines = markdown.splitlines()
+    for token in markdown_tokens(markdown):
+        if token.type == "html_block" and token.map is not None:
+            for number in range(*token.map):
+                lines[number] = RELATIVE.sub(resolved, lines[number])
+    return "\n".join(lines) + "\n"
 
 
 def with_captions(markdown: str) -> str:
@@ -156,6 +179,14 @@ def with_captions(markdown: str) -> str:
             written.append(line)
         written += captions.get(number, ())
     return "\n".join(written) + "\n"
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Name the theme's search dialog, which screen readers announce."""
+    return output.replace(
+        'data-md-component="search" role="dialog"',
+        'data-md-component="search" role="dialog" aria-label="Search"',
+    )
 
 
 def on_page_context(context: dict[str, Any], *, page: Page, config: MkDocsConfig, **_: Any) -> None:

@@ -197,7 +197,7 @@ class _Reader:
             if token.type == "html_block":
                 yield from self._html(token, line)
                 continue
-            if token.type == "inline" and SIMILAR.search(token.content):
+            if any(SIMILAR.match(one.content) for one in _inline_html(token)):
                 raise PageError(self._page, line, "put the comment on lines of its own")
             if token.type == "paragraph_open":
                 self._check_indentation(token)
@@ -288,6 +288,10 @@ class _Reader:
                     return
                 break
         raise PageError(self._page, start + 1, "indented code: use ```sh, ```text or ```yaml")
+
+
+def _inline_html(token: Token) -> list[Token]:
+    return [one for one in token.children or () if one.type == "html_inline"]
 
 
 def _indent(line: str) -> int:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from os import environ
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -110,6 +111,8 @@ def _environment(folder: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
     }
+    if brokers := environ.get("BROKERS"):
+        environment["PATH"] += f":{brokers}/nats"  # nats-server, if tests/brokers/build.sh built it
     if (binaries := assets("kubectl")) is not None:
         (programs / "kubectl-itself").symlink_to(binaries / "kubectl")
     if (binaries := assets("helm")) is not None:
