@@ -4,8 +4,8 @@ Writes bench/results/shares.json and docs/explain/routing/plot.json.
 
     python bench/shares.py                 # make bench-shares
 
-Each request is one document, drawn from 200 by Zipf's law, and a question that nobody else asks. All
-prompts have the same mean length; the document's share of it varies. The picks are made by the
+Each request is one document, drawn from 200 by Zipf's law, and a question that nobody else asks.
+All prompts have the same mean length; the document's share of it varies. The picks are made by the
 gateway's own compiled code, in virtual time (kubeai/simulation): the same code writes the same
 figures on every machine.
 """

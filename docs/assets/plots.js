@@ -1,4 +1,4 @@
-// Interactive plots: <div class="kubeai-plot" data-src="plot.json"> is filled from its data, which
+// Interactive plots: <div class="kubeai-plot" data-src="routing/plot.json"> is filled from its data, which
 // bench/plot_data.py writes. What the element contains before is shown without JavaScript.
 "use strict";
 (() => {

@@ -144,7 +144,8 @@ def reply(
 
     With a ``limit``, the reply has that many tokens (finish "length"). Without one, it has
     ``typical`` tokens ±50 % (finish "stop"), or fewer if the ``room`` in the context is smaller.
-    With ``end_early``, it has the smaller of both, as a model's replies do. The first occurrence of any of ``stops`` ends it.
+    With ``end_early``, it has the smaller of both, as a model's replies do. The first occurrence of
+    any of ``stops`` ends it.
     """
     source = random.Random(mmh3.hash_bytes(prompt) + salt.encode())
     natural = source.randint(max(1, typical // 2), max(1, typical + typical // 2))
