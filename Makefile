@@ -5,8 +5,8 @@ PIP := $(BIN)/pip --disable-pip-version-check
 CORE := $(shell find kubeai -name '*.pyx' -o -name '*.pxd')
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test browser coverage check reference screenshots bench bench-routing bench-headline demo \
-	real-engines asan soak clean
+.PHONY: help build run test browser coverage check screenshots bench bench-routing \
+	bench-headline demo real-engines asan soak docs docs-serve docs-version reference clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,6 +36,10 @@ help:  ## list the targets
 
 .venv/installed-clients: .venv/installed-test
 	$(PIP) install -q -c constraints.txt 'kubeai-gateway[clients]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(PIP) install -q -c constraints.txt 'kubeai-gateway[docs]'
 	touch $@
 
 .venv/installed-coverage: .venv/installed-test
@@ -84,10 +88,38 @@ check: .venv/installed-check  ## fast checks: style, types, import layers, C war
 reference: .venv/installed  ## write the generated pages of docs/reference
 	$(BIN)/python docs/generate
 
+# Mermaid draws the diagrams in the browser. npm fetches it; the digest is checked.
+MERMAID_VERSION := 11.17.2
+MERMAID_SHA256 := 581ed7d74bd9048d0e3a91363927d72ef22942d7722546b27f7cc29e35390eb8
+MERMAID := build/docs/mermaid-$(MERMAID_VERSION).min.js
+$(MERMAID):
+	mkdir -p build/docs
+	cd build/docs && npm pack --silent mermaid@$(MERMAID_VERSION)
+	tar -xzOf build/docs/mermaid-$(MERMAID_VERSION).tgz package/dist/mermaid.min.js >$@.new
+	echo "$(MERMAID_SHA256)  $@.new" | sha256sum --check --quiet
+	rm build/docs/mermaid-$(MERMAID_VERSION).tgz
+	mv $@.new $@
+
+# The same sources give the same bytes: times are those of the commit.
+MKDOCS = NO_MKDOCS_2_WARNING=1 MERMAID=$(MERMAID) \
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)}
+docs: .venv/installed-docs $(MERMAID)  ## build the documentation's site in build/site
+	$(MKDOCS) $(BIN)/mkdocs build --strict
+
+docs-serve: .venv/installed-docs $(MERMAID)  ## serve the documentation while you write, at port 8001
+	$(MKDOCS) $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
+
+# PUSH=1 pushes the branch. ALIASES are further names of the version.
+DOCS_BRANCH ?= site
+docs-version: .venv/installed-docs $(MERMAID)  ## add VERSION=… of the site to the branch DOCS_BRANCH, for mike
+	@test -n "$(VERSION)" || { echo "set VERSION, such as VERSION=1.2" >&2; exit 2; }
+	$(MKDOCS) $(BIN)/mike deploy --branch $(DOCS_BRANCH) --update-aliases --alias-type copy \
+		$(if $(PUSH),--push) "$(VERSION)" $(ALIASES)
+
 screenshots: .venv/installed-browser  ## make the pictures in docs/how-to/console; needs Chromium
 	$(BIN)/python docs/screenshots.py
 
-browser: .venv/installed-browser  ## test the console in Chromium
+browser: .venv/installed-browser  ## test the console, and the site of `make docs`, in Chromium
 	$(BIN)/pytest tests/browser -n 2 --dist loadfile
 
 bench: .venv/installed-test  ## run all benchmarks and write docs/explain/performance.md

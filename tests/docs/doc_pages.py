@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -107,8 +107,7 @@ def read_page(name: str) -> Page:
 
 def parse_page(name: str, text: str) -> Page:
     """The page with this text; raises PageError."""
-    parser = MarkdownIt().use(front_matter_plugin).enable("table").disable("code")
-    tokens = parser.parse(text)
+    tokens = markdown_tokens(text)
     if not tokens or tokens[0].type != "front_matter":
         raise PageError(name, 1, "no front matter")
     front = _front_matter(name, tokens[0].content)
@@ -123,6 +122,11 @@ def parse_page(name: str, text: str) -> Page:
     return page
 
 
+def markdown_tokens(text: str) -> list[Token]:
+    """The tokens of a page, with those in content tabs and admonitions."""
+    return MarkdownIt().use(front_matter_plugin).enable("table").disable("code").parse(text)
+
+
 def _front_matter(page: str, text: str) -> dict[str, Any]:
     try:
         front = yaml.safe_load(text)
@@ -130,6 +134,11 @@ def _front_matter(page: str, text: str) -> dict[str, Any]:
         raise PageError(page, 1, f"front matter: {error}") from None
     if not isinstance(front, dict):
         raise PageError(page, 1, "front matter is no mapping")
+    return check_front_matter(page, front)
+
+
+def check_front_matter(page: str, front: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are ours; raises PageError."""
     if unknown := front.keys() - OURS - THEMES:
         raise PageError(page, 1, f"unknown in front matter: {', '.join(sorted(unknown))}")
     description, commands = front.get("description"), front.get("commands")
@@ -149,7 +158,7 @@ def _front_matter(page: str, text: str) -> dict[str, Any]:
     }
 
 
-def _choices(page: str, front: dict[str, Any], key: str, known: set[str]) -> frozenset[str]:
+def _choices(page: str, front: Mapping[str, Any], key: str, known: set[str]) -> frozenset[str]:
     """A value, or a list of them."""
     given = front.get(key, [])
     values = given if isinstance(given, list) else [given]
@@ -177,7 +186,7 @@ class _Reader:
             if token.type == "html_block":
                 yield from self._html(token, line)
                 continue
-            if token.type == "inline" and SIMILAR.search(token.content):
+            if any(SIMILAR.match(one.content) for one in _inline_html(token)):
                 raise PageError(self._page, line, "put the comment on lines of its own")
             if token.type == "paragraph_open":
                 self._check_indentation(token)
@@ -268,6 +277,10 @@ class _Reader:
                     return
                 break
         raise PageError(self._page, start + 1, "indented code: use ```sh, ```text or ```yaml")
+
+
+def _inline_html(token: Token) -> list[Token]:
+    return [one for one in token.children or () if one.type == "html_inline"]
 
 
 def _indent(line: str) -> int:

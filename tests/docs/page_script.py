@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from doc_pages import Command, File, Output, Page
+from doc_pages import Command, File, Output, Page, Step
 
 READY_TIMEOUT_S = 90
 OUTPUT_MAX_CHARS = 6000
@@ -20,6 +20,7 @@ PROLOGUE = r"""
 set -Eeuo pipefail
 begin() {
     printf '%s' "$1" >"$STEPS/at"
+    echo "$1 $EPOCHREALTIME" >>"$STEPS/times"
     exec >>"$STEPS/$1.out" 2>&1
 }
 # until_ready PROCESS STEP: wait for the background step, whose condition is in a file
@@ -53,8 +54,10 @@ class Failure:
         )
 
 
-def run_steps(page: Page, steps: Path, *, cwd: Path, env: dict[str, str], timeout_s: float):
-    """Run a page; returns its first failure, or None. ``steps``: a folder for scripts and outputs."""
+def run_steps(
+    page: Page, steps: Path, *, cwd: Path, env: dict[str, str], timeout_s: float
+) -> Failure | None:
+    """Run a page; returns its first failure, or None. ``steps``: for scripts and outputs."""
     script = steps / "script.sh"
     script.write_text(_script(page, steps))
     begun = subprocess.Popen(
@@ -111,6 +114,16 @@ def _output(steps: Path, number: int) -> str:
     path = steps / f"{number}.out"
     text = path.read_text(errors="replace") if path.exists() else ""
     return text.replace(f"{steps}/{number}/", "")
+
+
+def durations(page: Page, steps: Path) -> list[tuple[Step, float]]:
+    """How long each step took, in seconds, after a page has run."""
+    marks = [line.split() for line in (steps / "times").read_text().splitlines()]
+    ends = marks[1:]
+    return [
+        (page.steps[int(number)], float(end) - float(begun))
+        for (number, begun), (_, end) in zip(marks, ends, strict=False)
+    ]
 
 
 def _compare_outputs(page: Page, steps: Path) -> Failure | None:

@@ -1,6 +1,6 @@
 """Run the commands of a page of the documentation.
 
-    .venv/bin/python tests/docs/run_page.py docs/how-to/chat.md
+    .venv/bin/python tests/docs/run_page.py [--times] docs/how-to/chat.md
 
 The page runs in namespaces of its own (network, mounts, processes; without root also users), with
 an empty home and working directory. Everything that it has started ends with it.
@@ -16,32 +16,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from os import environ
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "contract"), str(TESTS / "docs")]
 
 from doc_pages import DOCS, Page, PageError, read_page  # noqa: E402
-from page_script import run_steps  # noqa: E402
+from page_script import durations, run_steps  # noqa: E402
 from repository import REPOSITORY  # noqa: E402
 from servers import assets  # noqa: E402
 from surroundings import SURROUNDINGS, Surroundings  # noqa: E402
 
-INSIDE = "--inside"
+INSIDE, TIMES = "--inside", "--times"
 TIMEOUT_S = 300.0
 NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 LOG_LINES = 30
 COLUMNS = "100"
 
 
-def command(name: str) -> list[str]:
+def command(name: str, *options: str) -> list[str]:
     """The command that runs the page docs/<name> in new namespaces."""
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    program = [sys.executable, str(Path(__file__).resolve()), INSIDE, name]
+    program = [sys.executable, str(Path(__file__).resolve()), INSIDE, name, *options]
     return ["unshare", *user, *NAMESPACES, "--", *program]
 
 
-def _run_inside(name: str) -> int:
+def _run_inside(name: str, *, times: bool) -> int:
     begun = time.monotonic()
     try:
         page = read_page(name)
@@ -50,10 +51,10 @@ def _run_inside(name: str) -> int:
         return 1
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     with tempfile.TemporaryDirectory(prefix="page-", ignore_cleanup_errors=True) as folder:
-        return _run_in(Path(folder), page, begun)
+        return _run_in(Path(folder), page, begun, times=times)
 
 
-def _run_in(folder: Path, page: Page, begun: float) -> int:
+def _run_in(folder: Path, page: Page, begun: float, *, times: bool) -> int:
     home, work, steps = (folder / name for name in ("home", "work", "steps"))
     for each in (home, work, steps, folder / "tmp"):
         each.mkdir()
@@ -71,6 +72,9 @@ def _run_in(folder: Path, page: Page, begun: float) -> int:
                 print(f"{page.name}:{failure}")
                 _print_logs(surroundings)
                 return 1
+            if times:
+                for step, took in durations(page, steps):
+                    print(f"{took:8.2f} s  {page.name}:{step.line}  {step.text.splitlines()[0]}")
     except Exception:
         _print_logs(surroundings)
         raise
@@ -102,6 +106,8 @@ def _environment(folder: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
     }
+    if brokers := environ.get("BROKERS"):
+        environment["PATH"] += f":{brokers}/nats"  # nats-server, if tests/brokers/build.sh built it
     if (binaries := assets("kubectl")) is not None:
         (programs / "kubectl-itself").symlink_to(binaries / "kubectl")
     if (binaries := assets("helm")) is not None:
@@ -114,17 +120,18 @@ _SYSTEM = ("/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
 
 def main() -> int:
     if sys.argv[1:2] == [INSIDE]:
-        return _run_inside(sys.argv[2])
-    if len(sys.argv) != 2:
-        print("usage: run_page.py docs/PAGE.md", file=sys.stderr)
+        return _run_inside(sys.argv[2], times=TIMES in sys.argv)
+    *options, page = sys.argv[1:] or [""]
+    if not page or set(options) - {TIMES}:
+        print(f"usage: run_page.py [{TIMES}] docs/PAGE.md", file=sys.stderr)
         return 2
-    name = Path(sys.argv[1]).resolve().relative_to(DOCS).as_posix()
+    name = Path(page).resolve().relative_to(DOCS).as_posix()
     if "KUBEBUILDER_ASSETS" not in os.environ:  # builds kubectl and the control plane at first
         built = subprocess.run(
             [TESTS / "cluster/build.sh"], stdout=subprocess.PIPE, text=True, check=True
         )
         os.environ["KUBEBUILDER_ASSETS"] = built.stdout.strip()
-    return subprocess.run(command(name)).returncode
+    return subprocess.run(command(name, *options)).returncode
 
 
 if __name__ == "__main__":

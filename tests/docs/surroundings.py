@@ -35,8 +35,8 @@ LABELS = {
 }
 CAPACITY = {"nvidia.com/gpu": GPUS, "cpu": 96, "memory": "768Gi"}
 CHART = REPOSITORY / "charts/kubeai"
-# kube-apiserver does not advertise a loopback address, and looks for another on a default route. This
-# one is reserved for documentation; nothing connects to it.
+# kube-apiserver advertises no loopback address, and otherwise looks for a default route. This is
+# reserved for documentation; nothing connects to it.
 ADDRESS = "192.0.2.1"
 POLICY = Path(__file__).with_name("policy.yaml")
 

@@ -58,6 +58,11 @@ def test_a_background_block_has_the_command_that_says_it_is_ready():
     assert step == Command(7, "serve\n", ready="curl -sf a")
 
 
+def test_comments_in_code_are_text():
+    (step,) = steps("Write `<!-- run: x -->`.\n\n```sh\na\n```\n")
+    assert step == Command(8, "a\n")
+
+
 def test_output_is_compared_only_after_the_comment():
     text = "```sh\na\n```\n```text\nshown\n```\n<!-- output -->\n```text\ncompared\n```\n"
     _, output = steps(text)
