@@ -28,6 +28,10 @@ def test_a_worker_does_not_look_up_its_version():
     _run("import sys, kubeai.gateway.worker; assert 'importlib.metadata' not in sys.modules")
 
 
+def test_a_worker_makes_the_description_of_the_api_when_it_is_requested():
+    _run("import sys, kubeai.gateway.worker; assert 'kubeai.gateway.openapi' not in sys.modules")
+
+
 @pytest.mark.parametrize(
     "module",
     ["kubeai.gateway.worker", "kubeai.local.kubelet.__main__", "kubeai.supervisor.supervisor"],

@@ -70,15 +70,15 @@ def pairs() -> set[tuple[str, str]]:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_condition":
             type_, _, reason = node.args[:3]
             if isinstance(type_, ast.Constant) and isinstance(reason, ast.Constant):
-                found.add((type_.value, reason.value))
+                found.add((str(type_.value), str(reason.value)))
     return found
 
 
 def test_a_row_names_the_conditions_that_may_have_its_reason():
     assert ("Ready", "ScaledToZero") in pairs()
     for type_, reason in pairs():
-        cells = [SECTIONS[title][reason] for title in OF_MODELS if reason in SECTIONS[title]]
-        assert any(type_ in found[0].split(", ") for found in cells), (type_, reason)
+        all_cells = [SECTIONS[title][reason] for title in OF_MODELS if reason in SECTIONS[title]]
+        assert any(type_ in cells[0].split(", ") for cells in all_cells), (type_, reason)
     for title in OF_MODELS:
         for reason, cells in SECTIONS[title].items():
             assert set(cells[0].split(", ")) <= set(OURS), (title, reason)

@@ -11,6 +11,7 @@ from fakes.world import start as start
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from repository import REPOSITORY
 
+from kubeai.cli.openapi import openapi
 from kubeai.gateway.console import LOGIN_PATHS
 from kubeai.gateway.local_routes import OWN_ROUTES, make_app
 from kubeai.gateway.openapi import document, document_json
@@ -131,3 +132,8 @@ async def test_the_models_that_the_gateway_lists_match_the_schemas(start):
         (content,) = described["responses"]["200"]["content"].values()
         assert content["schema"]["$ref"] == f"#/components/schemas/{schema}"
         validator(content["schema"]["$ref"]).validate(json.loads(answered.body))
+
+
+def test_the_command_prints_it(capsys):
+    openapi()
+    assert json.loads(capsys.readouterr().out) == json.loads(document_json())
