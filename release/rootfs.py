@@ -53,6 +53,11 @@ class Architecture:
         return f"{self.machine}-manylinux_2_28"
 
     @property
+    def platform_tag(self) -> str:
+        """The platform in the names of KubeAI's wheels."""
+        return f"manylinux_2_28_{self.machine}"
+
+    @property
     def libraries(self) -> str:
         """Where Debian has the shared libraries."""
         return f"usr/lib/{self.machine}-linux-gnu"
