@@ -1,7 +1,7 @@
 """The Helm charts as packages: charts/kubeai and charts/models, with the release's version.
 
 Helm packages them; the archive is then written again with sorted names and one time, so that the
-same charts give the same bytes. Each has a README.md with its values. If $KUBEAI_SIGN_KEY names a
+same charts give the same bytes. Each has a README.md with its values. If $GPG_KEY names a
 key of GnuPG, each also has a provenance file, which `helm verify` checks. Called by
 ``python -m release``; alone::
 
@@ -46,7 +46,7 @@ def build(source: Path, version: str, epoch: int, out: Path) -> list[Path]:
             package = out / f"{chart}-{version}.tgz"
             _normalise(work / package.name, package, epoch)
             written.append(package)
-            if key := os.environ.get("KUBEAI_SIGN_KEY"):
+            if key := os.environ.get("GPG_KEY"):
                 written.append(_sign(package, key, epoch))
     return written
 

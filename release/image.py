@@ -96,7 +96,7 @@ def _check_libraries(root: Path, architecture: rootfs.Architecture) -> None:
     """Check that programs and libraries are of the architecture, and have what they link to."""
     there = {path.name for path in root.rglob("*.so*")}
     for path in [root / f"usr/bin/python{rootfs.PYTHON}", *sorted(root.rglob("*.so*"))]:
-        if path.is_symlink():
+        if path.is_symlink() or path.is_dir():
             continue
         with path.open("rb") as file:
             binary = ELFFile(file)

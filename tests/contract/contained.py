@@ -76,7 +76,12 @@ def main(wanted: dict[str, Any]) -> int:
     if wanted["mounts_from"]:
         mounts = {place: place for place in _mounted(wanted["mounts_from"])}
         for place in mounts:
+            read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+            if read_only:
+                _mount("none", place, "", MS_BIND | MS_REMOUNT)
             _give(Path(place), int(wanted["user"].partition(":")[2]))
+            if read_only:
+                _mount("none", place, "", MS_BIND | MS_REMOUNT | MS_RDONLY)
     targets = {_inside(root, place): folder for place, folder in mounts.items()}
     for target in targets:
         Path(target).mkdir(parents=True, exist_ok=True)
