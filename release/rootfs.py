@@ -278,6 +278,7 @@ def interpreter(layer: Path, architecture: Architecture) -> list[str]:
     """The command that runs the Python of a layer of Debian outside of it, on this machine."""
     return [
         *("env", "-i", f"PYTHONHOME={layer / 'usr'}", "PYTHONHASHSEED=0", "PYTHONNOUSERSITE=1"),
+        "PYTHONDONTWRITEBYTECODE=1",  # or its own modules' files would be kept, which have a time
         *(str(layer / architecture.loader), "--library-path", str(layer / architecture.libraries)),
         *(str(layer / f"usr/bin/python{PYTHON}"), "-S"),
     ]
@@ -287,7 +288,16 @@ def _compile(python: Sequence[str], layer: Path, folder: Path, *options: str) ->
     """Compile modules, in one process, because the bytes depend on what was compiled before."""
     subprocess.run(
         [
-            *(*python, "-m", "compileall", "-q", "-j1", "--invalidation-mode", "unchecked-hash"),
+            *(
+                *python,
+                "-m",
+                "compileall",
+                "-q",
+                "-f",
+                "-j1",
+                "--invalidation-mode",
+                "unchecked-hash",
+            ),
             *("-s", layer, "-p", "/", *options, folder),
         ],
         check=True,

@@ -404,7 +404,7 @@ async def test_the_packaged_chart_installs_the_image_which_serves_from_zero(whol
         deployment = await site.kube.get(DEPLOYMENTS, "kubeai")
         (container,) = deployment["spec"]["template"]["spec"]["containers"]
         assert container["image"] == f"{IMAGE_REPOSITORY}:{VERSION}"
-        python = f"/usr/bin/python{rootfs.PYTHON}"
+        python = f"{image.root}/usr/bin/python{rootfs.PYTHON}"
         assert site.programs().count((python, image.user.split(":")[0])) >= 2  # with a worker
         await site.kube.create(MODELS, model("m"))
         assert await site.ask("m")
