@@ -25,6 +25,8 @@ from pathlib import Path
 
 import yaml
 
+from release.errors import ReleaseError
+
 CHARTS = ("kubeai", "models")
 REQUIRED = {"kubeai": ("--set", "image.repository=registry.example.com/kubeai")}
 VALUE_MAX_CHARACTERS = 60
@@ -78,7 +80,7 @@ def _run(helm: Path, *arguments: object) -> None:
         env = os.environ | {"HOME": home}
         done = subprocess.run([helm, *map(str, arguments)], env=env, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"helm {arguments[0]}: {done.stdout}{done.stderr}")
+        raise ReleaseError(f"helm {arguments[0]}: {done.stdout}{done.stderr}")
 
 
 def _set_version(file: Path, version: str) -> None:
@@ -86,7 +88,7 @@ def _set_version(file: Path, version: str) -> None:
         r"^(version|appVersion): .*$", rf'\1: "{version}"', file.read_text(), flags=re.MULTILINE
     )
     if count != 2:
-        raise ValueError(f"{file}: not one version and one appVersion")
+        raise ReleaseError(f"{file}: not one version and one appVersion")
     file.write_text(text)
 
 
@@ -158,7 +160,9 @@ def parameters(text: str) -> Iterator[tuple[str, str, str]]:
     for line in text.splitlines():
         stripped = line.strip()
         if stripped.startswith("#"):
-            comment.append(stripped.lstrip("# "))
+            words = stripped.lstrip("#").removeprefix(" ")
+            if not words.startswith((" ", "- ")):  # those are examples
+                comment.append(words)
             continue
         found = _KEY.fullmatch(line)
         if found is None:

@@ -191,8 +191,6 @@ NEEDLESS_IN_PACKAGES = (
 )
 # Of the services that botocore describes, KubeAI uses SQS, and the others to get credentials.
 BOTOCORE_SERVICES = ("signin", "sqs", "sso", "sso-oidc", "sts")
-# Dependencies of dependencies, for programs that are not in the image: CEL's prompt.
-OVERRIDES = "prompt-toolkit; python_version < '3'\n"
 
 
 def packages(
@@ -226,20 +224,15 @@ def packages(
 
 def _install(wheel: Path, architecture: Architecture, site: Path) -> None:
     constraints = REPOSITORY / "constraints.txt"
-    site.mkdir(parents=True)
-    overrides = site / "overrides"
-    overrides.write_text(OVERRIDES)
     subprocess.run(
         [
             *(sys.executable, "-m", "uv", "pip", "install", "--quiet", "--target", site),
             *("--python-version", PYTHON, "--python-platform", architecture.platform),
             *("--constraints", constraints, "--build-constraints", constraints),
-            *("--override", overrides),
             *("--link-mode", "copy", "--no-config", f"{wheel}[{EXTRAS}]"),
         ],
         check=True,
     )
-    overrides.unlink()
 
 
 def _write_programs(layer: Path, own: Path) -> None:
@@ -286,22 +279,9 @@ def interpreter(layer: Path, architecture: Architecture) -> list[str]:
 
 def _compile(python: Sequence[str], layer: Path, folder: Path, *options: str) -> None:
     """Compile modules, in one process, because the bytes depend on what was compiled before."""
-    subprocess.run(
-        [
-            *(
-                *python,
-                "-m",
-                "compileall",
-                "-q",
-                "-f",
-                "-j1",
-                "--invalidation-mode",
-                "unchecked-hash",
-            ),
-            *("-s", layer, "-p", "/", *options, folder),
-        ],
-        check=True,
-    )
+    compileall = ["-m", "compileall", "-q", "-f", "-j1", "--invalidation-mode", "unchecked-hash"]
+    places = ["-s", str(layer), "-p", "/", *options, str(folder)]
+    subprocess.run([*python, *compileall, *places], check=True)
 
 
 # -- all layers ----------------------------------------------------------------------------------
