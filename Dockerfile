@@ -1,6 +1,6 @@
 # KubeAI's image: `kubeai serve`, `kubeai load` (also as `load`), `kubeai mock-engine`.
 #
-#     docker build -t kubeai .
+#     docker build --build-arg VERSION=$(git describe --tags --always) -t kubeai .
 #
 # The contents are made by release/rootfs.py, as for the image of a release. BASE is what they are
 # made in: this Debian, which may be pinned by digest, or another one with Python 3.13.
@@ -17,7 +17,9 @@ RUN python3 -m venv /build \
     && /build/bin/pip install --no-cache-dir -c constraints.txt setuptools cython wheel uv
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY kubeai kubeai
-RUN CFLAGS=-g0 /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation -w /wheels .
+# The version of KubeAI; the build has no git tag to read it from.
+ARG VERSION=
+RUN KUBEAI_VERSION="${VERSION}" CFLAGS=-g0 /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation -w /wheels .
 COPY release/__init__.py release/rootfs.py release/
 RUN /build/bin/python -m release.rootfs /image /wheels/kubeai_gateway-*.whl
 

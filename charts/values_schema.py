@@ -79,11 +79,12 @@ def service() -> Schema:
     )
 
 
-def image() -> Schema:
+def image(**more: Schema) -> Schema:
     return section(
         repository=STRING,
         pullPolicy={"enum": ["Always", "IfNotPresent", "Never"]},
         tag=TAG,
+        **more,
     )
 
 
@@ -140,7 +141,7 @@ def own() -> dict[str, Schema]:
         ),
         "replicaCount": COUNT,
         "workers": {"type": "integer", "minimum": 1, "maximum": 63},
-        "image": image(),
+        "image": image(digest={"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"}),
         "imagePullSecrets": {
             "type": "array",
             "items": {**section(name=STRING), "required": ["name"]},

@@ -1,7 +1,7 @@
 """The Helm charts as packages: charts/kubeai and charts/models, with the release's version.
 
 Helm packages them; the archive is then written again with sorted names and one time, so that the
-same charts give the same bytes. Each has a README.md with its values. If $KUBEAI_SIGN_KEY names a
+same charts give the same bytes. Each has a README.md with its values. If $GPG_KEY names a
 key of GnuPG, each also has a provenance file, which `helm verify` checks. Called by
 ``python -m release``; alone::
 
@@ -25,6 +25,8 @@ from pathlib import Path
 
 import yaml
 
+from release.errors import ReleaseError
+
 CHARTS = ("kubeai", "models")
 REQUIRED = {"kubeai": ("--set", "image.repository=registry.example.com/kubeai")}
 VALUE_MAX_CHARACTERS = 60
@@ -46,7 +48,7 @@ def build(source: Path, version: str, epoch: int, out: Path) -> list[Path]:
             package = out / f"{chart}-{version}.tgz"
             _normalise(work / package.name, package, epoch)
             written.append(package)
-            if key := os.environ.get("KUBEAI_SIGN_KEY"):
+            if key := os.environ.get("GPG_KEY"):
                 written.append(_sign(package, key, epoch))
     return written
 
@@ -78,7 +80,7 @@ def _run(helm: Path, *arguments: object) -> None:
         env = os.environ | {"HOME": home}
         done = subprocess.run([helm, *map(str, arguments)], env=env, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"helm {arguments[0]}: {done.stdout}{done.stderr}")
+        raise ReleaseError(f"helm {arguments[0]}: {done.stdout}{done.stderr}")
 
 
 def _set_version(file: Path, version: str) -> None:
@@ -86,7 +88,7 @@ def _set_version(file: Path, version: str) -> None:
         r"^(version|appVersion): .*$", rf'\1: "{version}"', file.read_text(), flags=re.MULTILINE
     )
     if count != 2:
-        raise ValueError(f"{file}: not one version and one appVersion")
+        raise ReleaseError(f"{file}: not one version and one appVersion")
     file.write_text(text)
 
 
@@ -158,7 +160,9 @@ def parameters(text: str) -> Iterator[tuple[str, str, str]]:
     for line in text.splitlines():
         stripped = line.strip()
         if stripped.startswith("#"):
-            comment.append(stripped.lstrip("# "))
+            words = stripped.lstrip("#").removeprefix(" ")
+            if not words.startswith((" ", "- ")):  # those are examples
+                comment.append(words)
             continue
         found = _KEY.fullmatch(line)
         if found is None:

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
 
 from release import rootfs, sbom
@@ -96,16 +97,19 @@ def _check_libraries(root: Path, architecture: rootfs.Architecture) -> None:
     """Check that programs and libraries are of the architecture, and have what they link to."""
     there = {path.name for path in root.rglob("*.so*")}
     for path in [root / f"usr/bin/python{rootfs.PYTHON}", *sorted(root.rglob("*.so*"))]:
-        if path.is_symlink():
+        if path.is_symlink() or path.is_dir():
             continue
         with path.open("rb") as file:
             binary = ELFFile(file)
             if binary["e_machine"] != architecture.elf:
                 raise ReleaseError(f"image: {path.name} is not for {architecture.machine}")
             dynamic = binary.get_section_by_name(".dynamic")
-            for tag in dynamic.iter_tags("DT_NEEDED") if dynamic else ():
-                if tag.needed not in there:
-                    raise ReleaseError(f"image: {path.name} needs {tag.needed}")
+            if not isinstance(dynamic, DynamicSection):
+                continue
+            for tag in dynamic.iter_tags("DT_NEEDED"):
+                needed = str(getattr(tag, "needed", ""))
+                if needed not in there:
+                    raise ReleaseError(f"image: {path.name} needs {needed}")
 
 
 def _wheels(wheels: Sequence[Path]) -> Iterator[tuple[str, Path]]:

@@ -31,7 +31,7 @@ class Layout:
 
     def blob(self, descriptor: Mapping[str, Any]) -> bytes:
         """The content that a descriptor names; ReleaseError if it is not what was described."""
-        algorithm, _, digest = descriptor["digest"].partition(":")
+        algorithm, _, digest = str(descriptor["digest"]).partition(":")
         content = (self._folder / "blobs" / algorithm / digest).read_bytes()
         found = hashlib.new(algorithm, content).hexdigest()
         if (len(content), found) != (descriptor["size"], digest):

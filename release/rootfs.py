@@ -53,6 +53,11 @@ class Architecture:
         return f"{self.machine}-manylinux_2_28"
 
     @property
+    def platform_tag(self) -> str:
+        """The platform in the names of KubeAI's wheels."""
+        return f"manylinux_2_28_{self.machine}"
+
+    @property
     def libraries(self) -> str:
         """Where Debian has the shared libraries."""
         return f"usr/lib/{self.machine}-linux-gnu"
@@ -186,8 +191,6 @@ NEEDLESS_IN_PACKAGES = (
 )
 # Of the services that botocore describes, KubeAI uses SQS, and the others to get credentials.
 BOTOCORE_SERVICES = ("signin", "sqs", "sso", "sso-oidc", "sts")
-# Dependencies of dependencies, for programs that are not in the image: CEL's prompt.
-OVERRIDES = "prompt-toolkit; python_version < '3'\n"
 
 
 def packages(
@@ -221,20 +224,15 @@ def packages(
 
 def _install(wheel: Path, architecture: Architecture, site: Path) -> None:
     constraints = REPOSITORY / "constraints.txt"
-    site.mkdir(parents=True)
-    overrides = site / "overrides"
-    overrides.write_text(OVERRIDES)
     subprocess.run(
         [
             *(sys.executable, "-m", "uv", "pip", "install", "--quiet", "--target", site),
             *("--python-version", PYTHON, "--python-platform", architecture.platform),
             *("--constraints", constraints, "--build-constraints", constraints),
-            *("--override", overrides),
             *("--link-mode", "copy", "--no-config", f"{wheel}[{EXTRAS}]"),
         ],
         check=True,
     )
-    overrides.unlink()
 
 
 def _write_programs(layer: Path, own: Path) -> None:
@@ -273,6 +271,7 @@ def interpreter(layer: Path, architecture: Architecture) -> list[str]:
     """The command that runs the Python of a layer of Debian outside of it, on this machine."""
     return [
         *("env", "-i", f"PYTHONHOME={layer / 'usr'}", "PYTHONHASHSEED=0", "PYTHONNOUSERSITE=1"),
+        "PYTHONDONTWRITEBYTECODE=1",  # or its own modules' files would be kept, which have a time
         *(str(layer / architecture.loader), "--library-path", str(layer / architecture.libraries)),
         *(str(layer / f"usr/bin/python{PYTHON}"), "-S"),
     ]
@@ -280,13 +279,9 @@ def interpreter(layer: Path, architecture: Architecture) -> list[str]:
 
 def _compile(python: Sequence[str], layer: Path, folder: Path, *options: str) -> None:
     """Compile modules, in one process, because the bytes depend on what was compiled before."""
-    subprocess.run(
-        [
-            *(*python, "-m", "compileall", "-q", "-j1", "--invalidation-mode", "unchecked-hash"),
-            *("-s", layer, "-p", "/", *options, folder),
-        ],
-        check=True,
-    )
+    compileall = ["-m", "compileall", "-q", "-f", "-j1", "--invalidation-mode", "unchecked-hash"]
+    places = ["-s", str(layer), "-p", "/", *options, str(folder)]
+    subprocess.run([*python, *compileall, *places], check=True)
 
 
 # -- all layers ----------------------------------------------------------------------------------

@@ -35,8 +35,13 @@ def command(
     mounts: Mapping[str, Path],
     directory: str = "/",
     share_processes: bool = False,
+    mounts_from: str = "",
 ) -> list[str]:
-    """The command that runs ``words``; ``mounts``: folders, writable, by where they appear."""
+    """The command that runs ``words``; ``mounts``: folders, writable, by where they appear.
+
+    ``mounts_from``: a folder; what the command finds mounted from below it is mounted in the root,
+    too, and belongs to the user's group, as with a pod's fsGroup.
+    """
     wanted = {
         "root": str(root),
         "command": list(words),
@@ -45,6 +50,7 @@ def command(
         "mounts": {place: str(folder) for place, folder in mounts.items()},
         "directory": directory,
         "share_processes": share_processes,
+        "mounts_from": mounts_from,
     }
     return [sys.executable, "-IS", __file__, json.dumps(wanted)]
 
@@ -66,7 +72,17 @@ def main(wanted: dict[str, Any]) -> int:
     else:
         _mount("proc", f"{root}/proc", "proc", 0)
     _mount("/dev", f"{root}/dev", "", MS_BIND | MS_REC)
-    targets = {_inside(root, place): folder for place, folder in wanted["mounts"].items()}
+    mounts = wanted["mounts"]
+    if wanted["mounts_from"]:
+        mounts = {place: place for place in _mounted(wanted["mounts_from"])}
+        for place in mounts:
+            read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+            if read_only:
+                _mount("none", place, "", MS_BIND | MS_REMOUNT)
+            _give(Path(place), int(wanted["user"].partition(":")[2]))
+            if read_only:
+                _mount("none", place, "", MS_BIND | MS_REMOUNT | MS_RDONLY)
+    targets = {_inside(root, place): folder for place, folder in mounts.items()}
     for target in targets:
         Path(target).mkdir(parents=True, exist_ok=True)
     _mount("none", root, "", MS_BIND | MS_REMOUNT | MS_RDONLY)
@@ -82,6 +98,21 @@ def main(wanted: dict[str, Any]) -> int:
         os.execve(found, words, env)
     print(f"{program}: not in the image", file=sys.stderr)
     return 127
+
+
+def _mounted(folder: str) -> list[str]:
+    """Where something below a folder is mounted; outer mounts first."""
+    tail = "/".join(Path(folder).parts[-2:])  # its file system's mount point is not in the lines
+    lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return sorted({fields[4] for fields in lines if f"/{tail}/" in f"{fields[3]}/"})
+
+
+def _give(path: Path, group: int) -> None:
+    for each in (path, *path.rglob("*")):
+        if not each.is_symlink():
+            mode = each.stat().st_mode
+            os.chown(each, -1, group)
+            each.chmod(mode | (0o2070 if each.is_dir() else (mode & 0o600) >> 3))
 
 
 def _inside(root: str, place: str) -> str:

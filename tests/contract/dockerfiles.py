@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dockerfile_parse import DockerfileParser
@@ -37,9 +37,14 @@ CAPABILITIES = (
 class Stage(Image):
     """What the instructions so far have made; in the end an image."""
 
+    arguments: dict[str, str] = field(default_factory=dict)
 
-def build(context: Path, work: Path) -> Stage:
-    """The last stage of ``context``'s Dockerfile; ``work``: an empty folder for the roots."""
+
+def build(context: Path, work: Path, **given: str) -> dict[str, Stage]:
+    """The stages of ``context``'s Dockerfile; ``work``: an empty folder for the roots.
+
+    ``given``: build arguments. A stage without a name is called "image".
+    """
     parser = DockerfileParser(str(context / "Dockerfile"), cache_content=True)
     arguments: dict[str, str] = {}
     stages: dict[str, Stage] = {}
@@ -50,13 +55,16 @@ def build(context: Path, work: Path) -> Stage:
             continue
         if name == "ARG" and stage is None:
             key, _, default = value.partition("=")
-            arguments[key] = default
+            arguments[key] = given.get(key, default)
+        elif name == "ARG":
+            key, _, default = value.partition("=")
+            stage.arguments[key] = given.get(key, default)
         elif name == "FROM":
             base, _, alias = value.partition(" AS ")
             for key, default in arguments.items():
                 base = base.replace(f"${{{key}}}", default)
             stage = Stage(work / (alias or "image"))
-            stages[alias] = stage
+            stages[alias or "image"] = stage
             if base == "scratch":
                 stage.root.mkdir()
             else:
@@ -65,8 +73,7 @@ def build(context: Path, work: Path) -> Stage:
         else:
             assert stage is not None, step["content"]
             _apply(stage, stages, context, name, value)
-    assert stage is not None
-    return stage
+    return stages
 
 
 def _apply(stage: Stage, stages: dict[str, Stage], context: Path, name: str, value: str) -> None:
@@ -108,7 +115,7 @@ def _execute(stage: Stage, line: str) -> None:
         (stage.root / place.lstrip("/")).touch()
     steps = [_mount("--rbind", stage.root, stage.root), *_devices(stage.root)]
     steps += [_mount("--bind", path, f"{stage.root}{place}") for place, path in outside.items()]
-    command = _apart(stage, steps, ["/bin/sh", "-c", line], env)
+    command = _apart(stage, steps, ["/bin/sh", "-c", line], stage.arguments | env)
     done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
     assert done.returncode == 0, f"RUN {line}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+SERVE_MODULES_MAX = 720
+
 
 @pytest.mark.parametrize(
     "module",
@@ -38,6 +40,24 @@ def test_a_worker_makes_the_description_of_the_api_when_it_is_requested():
 )
 def test_a_process_that_draws_no_terminal_does_not_import_rich(module):
     _run(f"import sys, {module}; assert 'rich' not in sys.modules")
+
+
+def test_kubeai_serve_imports_little_before_it_is_healthy():
+    """Its start takes less than a second; `bench/start.py` measures it. There are 629 modules."""
+    code = """
+import sys
+from kubeai import cli
+cli._app()
+import kubeai.api.config.system, kubeai.kube.client, kubeai.supervisor.supervisor, uvloop
+heavy = {
+    "aio_pika", "aiobotocore", "aiokafka", "azure", "botocore", "cel", "cryptography", "google",
+    "grpc", "huggingface_hub", "jsonschema_rs", "kubernetes_asyncio", "nats", "obstore",
+    "opentelemetry.sdk",
+}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+assert len(sys.modules) < MODULES_MAX, len(sys.modules)
+"""
+    _run(code.replace("MODULES_MAX", str(SERVE_MODULES_MAX)))
 
 
 def test_rich_can_be_imported_after_logging():

@@ -33,7 +33,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- else if eq $repository "ghcr.io/kubeai-project/kubeai" }}
 {{- fail (printf "set image.repository to your image of KubeAI: %s is the image of KubeAI in Go, which is another program; docs/reference/image.md describes how to build it" $repository) }}
 {{- end }}
+{{- with .Values.image.digest }}
+{{- $repository }}@{{ . }}
+{{- else }}
 {{- $repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
 {{- end }}
 
 {{- define "kubeai.serviceAccountName" -}}
