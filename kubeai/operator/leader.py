@@ -49,7 +49,7 @@ class Writes:
     this replica is still the leader.
     """
 
-    def __init__(self, leader: Leader, parallel_max: int) -> None:
+    def __init__(self, leader: Leadership, parallel_max: int) -> None:
         self._leader = leader
         self._free = asyncio.Semaphore(parallel_max)
 

@@ -241,7 +241,7 @@ async def _chat(client: openai.AsyncOpenAI, model: str, question: str) -> None:
     messages = [{"role": "user", "content": question}]
     answer = await client.chat.completions.create(
         model=model,
-        messages=messages,  # type: ignore[arg-type]
+        messages=messages,
         max_tokens=8,
     )
     assert answer.choices[0].message.content
@@ -251,7 +251,7 @@ async def _stream(client: openai.AsyncOpenAI, model: str, question: str) -> None
     messages = [{"role": "user", "content": question}]
     chunks = await client.chat.completions.create(
         model=model,
-        messages=messages,  # type: ignore[arg-type]
+        messages=messages,
         max_tokens=64,
         stream=True,
     )

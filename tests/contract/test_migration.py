@@ -118,7 +118,7 @@ class Move(Site):
         label = f"{OF_INSTANCE}=kubeai-in-go"
         await self.run("label", "pods", "--overwrite", label, "--selector", OF_GO)
         await traffic.answers()  # those that were in flight have ended
-        await self.run("delete", "pods", "--selector", label)
+        await self.run("delete", "pods", "--selector", label, "--grace-period=1")
 
     async def state(self) -> dict[str, str]:
         """The uids of what both programs keep."""
