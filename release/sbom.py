@@ -239,8 +239,8 @@ def build(
 ) -> list[Path]:
     """Write the SBOM of the distribution: KubeAI and what it requires, without extras.
 
-    The hashes of requirements are those of the archives for the first wheel. KubeAI's own wheels are
-    all listed.
+    The hashes of requirements are those of the archives for the first wheel. All of
+    KubeAI's own wheels are listed.
     """
     wheels = sorted(wheels)
     if not wheels:
