@@ -30,11 +30,12 @@ from cyclonedx.schema import OutputFormat, SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from release.errors import ReleaseError
 from release.files import environment, run, sha256
 from release.versions import Version
+from release.wheels import GLIBC
 
 SCHEMA = SchemaVersion.V1_6
 DISTRIBUTION = "kubeai-gateway"
@@ -195,13 +196,29 @@ def write_image(rootfs: Path, version: str, epoch: int, out: Path, architecture:
     return target
 
 
+def platforms(architecture: str) -> list[str]:
+    """Return pip's options for the Linux of our wheels: any glibc up to theirs."""
+    glibc = [f"manylinux_{GLIBC[0]}_{minor}" for minor in range(5, GLIBC[1] + 1)]
+    names = ["manylinux1", "manylinux2010", "manylinux2014", *glibc]
+    return [part for name in names for part in ("--platform", f"{name}_{architecture}")]
+
+
 def resolve(source: Path, wheel: Path, scratch: Path, epoch: int) -> dict[str, str]:
-    """Install a wheel with its pinned requirements in `scratch`; return the archives' hashes."""
+    """Install a wheel with its pinned requirements in `scratch`; return the archives' hashes.
+
+    The wheel may be for another interpreter and machine. Markers of requirements are evaluated for
+    this interpreter.
+    """
     report = scratch / "report.json"
+    (tag, *_) = parse_wheel_filename(wheel.name)[3]
+    architecture = tag.platform.split("_", 3)[3]
+    version = tag.interpreter.removeprefix("cp")
     run(
         (
             *(sys.executable, "-m", "pip", "install", "-q", "--ignore-installed", "--no-compile"),
             *("--disable-pip-version-check", "--only-binary", ":all:"),
+            *("--implementation", "cp", "--python-version", f"{version[0]}.{version[1:]}"),
+            *platforms(architecture),
             *("-c", source / "constraints.txt", "--report", report),
             *("--target", scratch / "installed", wheel),
         ),
@@ -222,14 +239,14 @@ def build(
 ) -> list[Path]:
     """Write the SBOM of the distribution: KubeAI and what it requires, without extras.
 
-    The hashes of requirements are those of the archives for this machine's interpreter. Of KubeAI's
-    own wheels, all are listed.
+    The hashes of requirements are those of the archives for the first wheel. All of
+    KubeAI's own wheels are listed.
     """
-    mine = f"-cp{sys.version_info[0]}{sys.version_info[1]}-"
-    wheels = list(wheels)
-    here = [each for each in wheels if mine in each.name and "x86_64" in each.name] or wheels
+    wheels = sorted(wheels)
+    if not wheels:
+        raise ReleaseError("the SBOM lists what wheels require: build the part wheels as well")
     with tempfile.TemporaryDirectory() as folder:
-        hashes = resolve(source, here[0], Path(folder), epoch)
+        hashes = resolve(source, wheels[0], Path(folder), epoch)
         python = python_components([Path(folder) / "installed"], hashes)
     main, _ = python.pop(canonicalize_name(DISTRIBUTION))
     main.type = ComponentType.APPLICATION
