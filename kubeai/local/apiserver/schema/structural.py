@@ -108,8 +108,11 @@ class Schema:
     ) -> None:
         schema = self.resolve(schema)
         if isinstance(value, list):
+            items = schema.get("items") or {}
+            if schema.get(_PRESERVE):  # so does each item, as in Kubernetes
+                items = {**self.resolve(items), _PRESERVE: True}
             for index, item in enumerate(value):
-                self._prune(item, schema.get("items") or {}, (*path, index), unknown)
+                self._prune(item, items, (*path, index), unknown)
         elif isinstance(value, dict):
             embedded = embedded or bool(schema.get(_EMBEDDED))
             for name in list(value):

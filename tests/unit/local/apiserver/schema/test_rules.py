@@ -87,3 +87,25 @@ def test_unusable_rules_are_reported(rule: str):
 def test_a_schema_with_a_bad_pattern_is_rejected():
     with pytest.raises(ValueError, match=r"pattern|regex"):
         Schema({"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}})
+
+
+def test_lists_below_a_field_that_preserves_unknown_fields_keep_theirs():
+    item = {"type": "object", "properties": {"a": {"type": "object"}}}
+    any_value = {"x-kubernetes-preserve-unknown-fields": True}
+    properties = {
+        "any": any_value,
+        "listed": {**any_value, "items": item},
+        "plain": {"items": item},
+    }
+    schema = Schema({"type": "object", "properties": properties})
+    obj = {
+        "any": [[{"b": 1}], {"c": 2}],
+        "listed": [{"a": {"b": 1}, "c": 2}],
+        "plain": [{"a": {"b": 1}, "c": 2}],
+    }
+    assert len(schema.prune(obj)) == 3
+    assert obj == {
+        "any": [[{"b": 1}], {"c": 2}],
+        "listed": [{"a": {}, "c": 2}],
+        "plain": [{"a": {}}],
+    }
