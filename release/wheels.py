@@ -186,14 +186,14 @@ def _pack(
     tree = scratch / "wheel" / target.tag
     shutil.copytree(pure, tree)
     shutil.copytree(compiled, tree, dirs_exist_ok=True)
-    for path in tree.rglob("*"):
-        executable = path.is_dir() or path.suffix == ".so"
-        path.chmod(0o755 if executable else 0o644)
     (info,) = tree.glob("*.dist-info")
     (info / "WHEEL").write_text(
         f"Wheel-Version: 1.0\nGenerator: {_generator()}\nRoot-Is-Purelib: false\n"
         f"Tag: {target.tag}\n"
     )
+    for path in tree.rglob("*"):
+        executable = path.is_dir() or path.suffix == ".so"
+        path.chmod(0o755 if executable else 0o644)
     before = set(out.glob("*.whl"))
     run((sys.executable, "-m", "wheel", "pack", "--dest-dir", out, tree), cwd=scratch, env=env)
     made = set(out.glob("*.whl")) - before
