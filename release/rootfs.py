@@ -324,7 +324,9 @@ def merge(layers: Iterable[Path], root: Path) -> None:
 
 def _remove(folder: Path, patterns: Iterable[str]) -> None:
     for pattern in patterns:
-        for path in list(folder.glob(pattern)):
+        # glob() finds no link by its whole name if what it leads to is not on this machine.
+        found = folder.glob(pattern) if set(pattern) & set("*[") else [folder / pattern]
+        for path in list(found):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
