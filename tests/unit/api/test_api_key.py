@@ -231,7 +231,7 @@ def test_the_older_of_two_secrets_sorts_first_and_names_decide_between_equals():
     assert [meta.name for meta in sorted(metas, key=age)] == ["b", "a", "c"]
 
 
-# -- docs/reference/keys.md ---------------------------------------------------------------------------
+# -- docs/reference/keys.md ---------------------------------------------------------------------
 
 DOCS = (REPOSITORY / "docs/reference/keys.md").read_text()
 
