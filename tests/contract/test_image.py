@@ -29,7 +29,7 @@ from layouts import Image, unpack
 from machines import Machine, attended, machine
 from repository import REPOSITORY
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, embedded, install_models
-from test_chart import DEPLOYMENTS, RELEASE, Site
+from sites import DEPLOYMENTS, RELEASE, Site
 
 import kubeai
 import release.image
