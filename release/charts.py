@@ -38,7 +38,7 @@ def build(source: Path, version: str, epoch: int, out: Path) -> list[Path]:
     written = []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        helm = _helm(source, work)
+        helm = build_helm(source, work)
         for chart in CHARTS:
             folder = work / chart
             shutil.copytree(source / "charts" / chart, folder)
@@ -56,7 +56,7 @@ def build(source: Path, version: str, epoch: int, out: Path) -> list[Path]:
 def check(version: str, out: Path, keyring: Path | None = None) -> None:
     """Lint the packages, and verify those that are signed with ``keyring``'s keys."""
     with tempfile.TemporaryDirectory() as name:
-        helm = _helm(Path(__file__).resolve().parent.parent, Path(name))
+        helm = build_helm(Path(__file__).resolve().parent.parent, Path(name))
         for chart in CHARTS:
             package = out / f"{chart}-{version}.tgz"
             _run(helm, "lint", "--strict", package, *REQUIRED.get(chart, ()))
@@ -64,7 +64,7 @@ def check(version: str, out: Path, keyring: Path | None = None) -> None:
                 _run(helm, "verify", package, "--keyring", keyring)
 
 
-def _helm(source: Path, folder: Path) -> Path:
+def build_helm(source: Path, folder: Path) -> Path:
     """Build the Helm of tests/cluster/helm, which takes a second if Go has built it before."""
     module = source / "tests/cluster/helm"
     subprocess.run(

@@ -57,7 +57,7 @@ def build(source: Path, version: str, epoch: int, out: Path, wheels: Sequence[Pa
         for oci in sorted({*chosen, rootfs.machine().oci}):
             archives[oci] = work / f"{oci}.tar"
             rootfs.download(rootfs.ARCHITECTURES[oci], archives[oci])
-        layout = _Writer(work / "layout", version, epoch, _regctl(work))
+        layout = _Writer(work / "layout", version, epoch, build_regctl(work))
         for oci, wheel in sorted(chosen.items()):
             architecture = rootfs.ARCHITECTURES[oci]
             folder = work / oci
@@ -120,7 +120,7 @@ def _wheels(wheels: Sequence[Path]) -> Iterator[tuple[str, Path]]:
                 yield each.oci, wheel
 
 
-def _regctl(folder: Path) -> Path:
+def build_regctl(folder: Path) -> Path:
     """Build regctl with Go, which takes a second if Go has built it before."""
     env = os.environ | {"GOBIN": str(folder), "GOFLAGS": "-mod=mod"}
     subprocess.run(["go", "install", REGCTL], check=True, env=env, cwd=folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
 import json
 import os
@@ -18,7 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from release import checksums, headers, inspection, notes, sbom, sdist, trial, versions, wheels
+from release import (
+    charts,
+    checksums,
+    headers,
+    image,
+    inspection,
+    notes,
+    sbom,
+    sdist,
+    trial,
+    versions,
+    wheels,
+)
 from release.errors import ReleaseError
 from release.files import differences, run
 from release.versions import Version
@@ -97,10 +108,10 @@ def _build(clone: Path, plan: Plan, epoch: int, head: str) -> None:
             sbom.build(clone, version, epoch, out, made)
     if "image" in plan.parts:
         with plan.step("image"):
-            importlib.import_module("release.image").build(clone, str(version), epoch, out, made)
+            image.build(clone, str(version), epoch, out, made)
     if "charts" in plan.parts:
         with plan.step("charts"):
-            importlib.import_module("release.charts").build(clone, str(version), epoch, out)
+            charts.build(clone, str(version), epoch, out)
 
 
 def _check(clone: Path, plan: Plan) -> None:
@@ -122,10 +133,13 @@ def _check(clone: Path, plan: Plan) -> None:
                     trial.check(wheel, clone / "constraints.txt", plan.version)
             else:
                 plan.said(f"{wheel.name}: not run, this machine has no such interpreter")
-    for part in ("image", "charts"):
-        if part in plan.parts:
-            with plan.step(f"check of the {part}"):
-                importlib.import_module(f"release.{part}").check(str(plan.version), plan.out)
+    if "image" in plan.parts:
+        with plan.step("check of the image"):
+            image.check(str(plan.version), plan.out)
+    if "charts" in plan.parts:
+        with plan.step("check of the charts"), tempfile.TemporaryDirectory() as folder:
+            keyring = checksums.keyring(plan.key, Path(folder) / "keys.gpg") if plan.key else None
+            charts.check(str(plan.version), plan.out, keyring)
 
 
 def info(plan: Plan, epoch: int, head: str) -> dict[str, Any]:
