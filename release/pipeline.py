@@ -24,6 +24,7 @@ from release import (
     image,
     inspection,
     notes,
+    rootfs,
     sbom,
     sdist,
     trial,
@@ -35,7 +36,12 @@ from release.files import differences, run
 from release.versions import Version
 
 PARTS = ("sdist", "wheels", "sbom", "image", "charts")
-TOOLS = ("setuptools", "cython", "wheel", "ziglang", "auditwheel", "cyclonedx-python-lib")
+TOOLS = ("setuptools", "cython", "wheel", "ziglang", "auditwheel", "cyclonedx-python-lib", "uv")
+PROGRAMS = (  # that make the image's bytes
+    ("go", "version"),
+    ("mmdebstrap", "--version"),
+    *((each.strip, "--version") for each in rootfs.ARCHITECTURES.values()),
+)
 # Where the second build differs from the first one. None of it may reach an artefact.
 OTHERWISE = {
     "TZ": "Pacific/Kiritimati",
@@ -150,6 +156,10 @@ def info(plan: Plan, epoch: int, head: str) -> dict[str, Any]:
         "sourceDateEpoch": epoch,
         "python": platform.python_version(),
         "tools": {name: importlib.metadata.version(name) for name in TOOLS},
+        "programs": {
+            command[0]: run(command, cwd=plan.out).splitlines()[0]
+            for command in (PROGRAMS if "image" in plan.parts else ())
+        },
         "headers": {python: headers.release(python) for python in plan.pythons},
         "glibc": ".".join(map(str, wheels.GLIBC)),
     }

@@ -2,8 +2,7 @@
 
 ``make publish VERSION=1.2.3 IMAGE=registry.example.com/kubeai CHARTS=registry.example.com/charts``.
 The bytes that were checked are pushed: digests in the registry are those of the release. Log in
-before, with ``docker login`` or ``regctl registry login`` and ``helm registry login``; both programs
-read Docker's file of credentials.
+before, with ``docker login``: regctl and Helm, which push, read Docker's file of credentials.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from release.versions import Version
 def push_image(version: Version, out: Path, repository: str, *, plain_http: bool = False) -> str:
     """Push the image of all architectures, tagged with the version. Returns its reference.
 
-    ``repository``: with the registry's host, without a tag. ``plain_http``: the registry has no TLS.
+    ``repository``: with the registry's host, without a tag. ``plain_http``: without TLS.
     """
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -46,11 +45,10 @@ def push_charts(
     source: Path, version: Version, out: Path, repository: str, *, plain_http: bool = False
 ) -> None:
     """Push the charts, with their provenance if they have one, below ``repository``."""
-    with tempfile.TemporaryDirectory() as name:
-        helm = charts.build_helm(source, Path(name))
-        options = ("--plain-http",) if plain_http else ()
-        for chart in charts.CHARTS:
-            run((helm, "push", f"{chart}-{version}.tgz", f"oci://{repository}", *options), cwd=out)
+    helm = charts.helm_program(source)
+    options = ("--plain-http",) if plain_http else ()
+    for chart in charts.CHARTS:
+        run((helm, "push", f"{chart}-{version}.tgz", f"oci://{repository}", *options), cwd=out)
 
 
 def publish(

@@ -219,7 +219,7 @@ def real(directory: Path, *options: str, accounts: Sequence[str] = ()):
         etcd_url = f"http://127.0.0.1:{etcd_port}"
         peer_url = f"http://127.0.0.1:{peer_port}"
         stack.enter_context(
-            _running(
+            running(
                 directory / "etcd.log",
                 str(folder / "etcd"),
                 f"--data-dir={directory / 'etcd'}",
@@ -232,7 +232,7 @@ def real(directory: Path, *options: str, accounts: Sequence[str] = ()):
             )
         )
         program = stack.enter_context(
-            _running(
+            running(
                 directory / "kube-apiserver.log",
                 str(folder / "kube-apiserver"),
                 f"--etcd-servers={etcd_url}",
@@ -314,7 +314,7 @@ def cluster(
         def run(name: str, *options: str) -> Path:
             log = directory / f"{name}.log"
             command = (str(folder / name), f"--kubeconfig={kubeconfig}", *options)
-            stack.enter_context(_running(log, *command))
+            stack.enter_context(running(log, *command))
             return log
 
         run(
@@ -380,7 +380,7 @@ def kept_ports(count: int):
 
 
 @contextlib.contextmanager
-def _running(log: Path, *command: str):
+def running(log: Path, *command: str):
     program = Program(command, log)
     program.start()
     try:
