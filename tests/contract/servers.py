@@ -293,9 +293,10 @@ def cluster(
     *options: str,
     calls_per_s: int | None = None,
     accounts: Sequence[str] = (),
+    kwok: bool = True,
 ):
     """A whole control plane, and kwok: the Nodes that :func:`node` makes become Ready, every pod
-    on one Running. Other Nodes are for a kubelet of the test's own.
+    on one Running. Other Nodes are for a kubelet of the test's own; without ``kwok``, all are.
 
     ``options`` and ``accounts``: as of :func:`real`. ``calls_per_s``: what scheduler and
     controller-manager may ask of it, where their default (50 and 20) is not what a cluster of any
@@ -326,6 +327,9 @@ def cluster(
             *limits,
         )
         run("kube-scheduler", "--leader-elect=false", "--secure-port=0", *limits)
+        if not kwok:
+            yield server
+            return
         config = directory / "kwok.yaml"  # or it would read the user's
         config.write_text("kind: KwokConfiguration\napiVersion: config.kwok.x-k8s.io/v1alpha1\n")
         # Without leases the controller-manager takes every node for dead after 40 s.
