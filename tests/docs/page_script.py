@@ -97,7 +97,7 @@ def _script(page: Page, steps: Path) -> str:
                 lines.append(f"begin {number}; {run}")
                 continue
             (steps / f"{number}.ready").write_text(step.ready)
-            # With job control, `kill %1` reaches what the block has started.
+            # With job control, `kill %%` reaches what the block has started.
             lines.append(f"begin {number}; set -m; {run} & set +m")
             lines.append(f"until_ready $! {number}")
     return "\n".join([*lines, "begin done", ""])

@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 from doc_pages import Page, PageError, page_names, read_page
-from run_page import TIMEOUT_S, command
+from run_page import INSTALL_TIMEOUT_S, command
 from servers import CONTROL_PLANE, assets
 
 pytestmark = pytest.mark.docs
@@ -37,7 +37,7 @@ def test_page_follows_the_conventions(name: str) -> None:
     read_page(name)
 
 
-@pytest.mark.timeout(TIMEOUT_S + PREPARE_TIMEOUT_S + 30)
+@pytest.mark.timeout(INSTALL_TIMEOUT_S + PREPARE_TIMEOUT_S + 30)
 @pytest.mark.parametrize("name", _to_run())
 def test_commands_of_a_page_work(name: str) -> None:
     if assets(*CONTROL_PLANE, "kubectl", "helm") is None:
@@ -49,7 +49,7 @@ def test_commands_of_a_page_work(name: str) -> None:
         stdin=subprocess.DEVNULL,
         text=True,
         errors="replace",
-        timeout=TIMEOUT_S + PREPARE_TIMEOUT_S,
+        timeout=INSTALL_TIMEOUT_S + PREPARE_TIMEOUT_S,
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout
