@@ -19,7 +19,7 @@ PAGES = page_names()
 
 
 def _to_run() -> list[str]:
-    """Pages with commands, the slowest first; those that break the conventions fail another test."""
+    """Pages with commands, the slowest first. Another test reports those that cannot be read."""
     pages = []
     for name in PAGES:
         with contextlib.suppress(PageError):
