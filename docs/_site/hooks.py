@@ -181,6 +181,18 @@ def with_captions(markdown: str) -> str:
     return "\n".join(written) + "\n"
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Let wide drawings scroll; show `|` in the code of tables, where GitHub needs it escaped."""
+    html = re.sub(
+        r'<pre class="mermaid">.*?</pre>',
+        r'<div class="drawing" role="region" aria-label="Drawing" tabindex="0">\g<0></div>',
+        html,
+        flags=re.DOTALL,
+    )
+    cell = re.compile(r"<td\b[^>]*>.*?</td>", re.DOTALL)
+    return cell.sub(lambda found: found[0].replace(r"\|", "|"), html)
+
+
 def on_post_page(output: str, **_: Any) -> str:
     """Name the theme's search dialog, which screen readers announce."""
     return output.replace(
