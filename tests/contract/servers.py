@@ -308,8 +308,6 @@ def cluster(
     if calls_per_s is not None:
         limits = f"--kube-api-qps={calls_per_s}", f"--kube-api-burst={calls_per_s}"
     with real(directory, *options, accounts=accounts) as server, contextlib.ExitStack() as stack:
-        # The controller-manager exits if it has to wait for longer than 10 s.
-        wait_until(lambda: server.request("GET", "/healthz")[0] == 200, "the API is healthy")
         kubeconfig = server.kubeconfig(directory / "admin.kubeconfig", "default")
 
         def run(name: str, *options: str) -> Path:
