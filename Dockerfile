@@ -1,6 +1,6 @@
 # KubeAI's image: `kubeai serve`, `kubeai load` (also as `load`), `kubeai mock-engine`.
 #
-#     docker build --build-arg VERSION=$(git describe --tags --always) -t kubeai .
+#     docker build --build-arg VERSION=1.2.3 -t kubeai .
 #
 # The contents are made by release/rootfs.py, as for the image of a release. BASE is what they are
 # made in: this Debian, which may be pinned by digest, or another one with Python 3.13.

@@ -7,7 +7,7 @@ CORE := $(shell find kubeai -name '*.pyx' -o -name '*.pxd')
 .DEFAULT_GOAL := help
 .PHONY: help build run test browser coverage check screenshots bench bench-routing \
 	bench-headline demo real-engines asan soak docs docs-serve docs-version reference bench-shares \
-	release release-check compatibility clean
+	release release-check publish compatibility clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -178,6 +178,10 @@ release: .venv/installed-release  ## build and check a release in dist/VERSION; 
 
 release-check: .venv/installed-release  ## build a release twice and compare the bytes; VERSION=1.2.3
 	$(BIN)/python -m release check "$(VERSION)" $(RELEASE)
+
+publish: .venv/installed-release  ## push dist/VERSION to registries; VERSION=1.2.3 IMAGE=… CHARTS=…
+	$(BIN)/python -m release publish "$(VERSION)" $(if $(IMAGE),--image "$(IMAGE)") \
+		$(if $(CHARTS),--charts "$(CHARTS)") $(if $(PLAIN_HTTP),--plain-http)
 
 compatibility: .venv/installed-release  ## list removals since the last release, or since BASE=v1.2.3
 	$(BIN)/python -m release compatibility $(BASE)

@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from release import compatibility, notes, pipeline, versions, wheels
+from release import compatibility, notes, pipeline, publish, versions, wheels
 from release.errors import ReleaseError
 from release.files import differences, run
 
@@ -36,6 +36,11 @@ def arguments(values: list[str] | None = None) -> argparse.Namespace:
         made.add_argument(
             "--architectures", default=",".join(wheels.ARCHITECTURES), help="default: %(default)s"
         )
+    made = command("publish", "Push the image and the charts to registries.")
+    made.add_argument("--out", type=Path, help="default dist/VERSION")
+    made.add_argument("--image", metavar="REPOSITORY", help="registry.example.com/kubeai")
+    made.add_argument("--charts", metavar="REPOSITORY", help="registry.example.com/charts")
+    made.add_argument("--plain-http", action="store_true", help="the registry has no TLS")
     command("prepare", "Give the entries of Unreleased in CHANGELOG.md to VERSION.")
     command("notes", "Print the release notes.")
     compare = commands.add_parser("compare", help="List files that differ between two folders.")
@@ -88,6 +93,17 @@ def run_command(options: argparse.Namespace) -> None:
     match options.command:
         case "build" | "check":
             build(options, repository)
+        case "publish":
+            version = versions.parse(options.version)
+            for reference in publish.publish(
+                repository,
+                version,
+                (options.out or repository / "dist" / str(version)).resolve(),
+                image_repository=options.image,
+                charts_repository=options.charts,
+                plain_http=options.plain_http,
+            ):
+                print(reference)
         case "prepare":
             version = versions.parse(options.version)
             text = changelog.read_text(encoding="utf-8")

@@ -26,6 +26,7 @@ from pathlib import Path
 import yaml
 
 from release.errors import ReleaseError
+from release.files import run
 
 CHARTS = ("kubeai", "models")
 REQUIRED = {"kubeai": ("--set", "image.repository=registry.example.com/kubeai")}
@@ -38,7 +39,7 @@ def build(source: Path, version: str, epoch: int, out: Path) -> list[Path]:
     written = []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        helm = _helm(source, work)
+        helm = helm_program(source)
         for chart in CHARTS:
             folder = work / chart
             shutil.copytree(source / "charts" / chart, folder)
@@ -55,24 +56,18 @@ def build(source: Path, version: str, epoch: int, out: Path) -> list[Path]:
 
 def check(version: str, out: Path, keyring: Path | None = None) -> None:
     """Lint the packages, and verify those that are signed with ``keyring``'s keys."""
-    with tempfile.TemporaryDirectory() as name:
-        helm = _helm(Path(__file__).resolve().parent.parent, Path(name))
-        for chart in CHARTS:
-            package = out / f"{chart}-{version}.tgz"
-            _run(helm, "lint", "--strict", package, *REQUIRED.get(chart, ()))
-            if keyring is not None:
-                _run(helm, "verify", package, "--keyring", keyring)
+    helm = helm_program(Path(__file__).resolve().parent.parent)
+    for chart in CHARTS:
+        package = out / f"{chart}-{version}.tgz"
+        _run(helm, "lint", "--strict", package, *REQUIRED.get(chart, ()))
+        if keyring is not None:
+            _run(helm, "verify", package, "--keyring", keyring)
 
 
-def _helm(source: Path, folder: Path) -> Path:
-    """Build the Helm of tests/cluster/helm, which takes a second if Go has built it before."""
-    module = source / "tests/cluster/helm"
-    subprocess.run(
-        ["go", "build", "-mod=readonly", "-o", folder / "helm", "helm.sh/helm/v3/cmd/helm"],
-        check=True,
-        cwd=module,
-    )
-    return folder / "helm"
+def helm_program(source: Path) -> Path:
+    """Return the Helm of tests/cluster/helm. Go builds it once, and keeps it in its cache."""
+    command = ("go", "tool", "-n", "helm")
+    return Path(run(command, cwd=source / "tests/cluster/helm").strip())
 
 
 def _run(helm: Path, *arguments: object) -> None:

@@ -31,8 +31,17 @@ def build(out: Path, key: str | None = None) -> list[Path]:
     return [target, signature]
 
 
-def check(out: Path) -> None:
-    """Refuse a list that misses a file, names a missing one, or has another checksum."""
+def keyring(key: str, target: Path) -> Path:
+    """Export the public key of `key`, in the form that Helm reads."""
+    run(("gpg", "--batch", "--yes", "--output", target, "--export", key), cwd=target.parent)
+    return target
+
+
+def check(out: Path, *, signature: bool = True) -> None:
+    """Refuse a list that misses a file, names a missing one, or has another checksum.
+
+    ``signature``: whether the list's signature, if it has one, is checked, which needs the key.
+    """
     lines = (line.split("  ", 1) for line in (out / NAME).read_text().splitlines())
     listed = {name: digest for digest, name in lines}
     found = {path.relative_to(out).as_posix(): sha256(path) for path in files(out)}
@@ -41,5 +50,5 @@ def check(out: Path) -> None:
     )
     if wrong:
         raise ReleaseError(f"{NAME} does not match: {', '.join(wrong)}")
-    if (out / SIGNATURE).exists():
+    if signature and (out / SIGNATURE).exists():
         run(("gpg", "--batch", "--verify", out / SIGNATURE, out / NAME), cwd=out)

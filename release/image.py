@@ -57,7 +57,7 @@ def build(source: Path, version: str, epoch: int, out: Path, wheels: Sequence[Pa
         for oci in sorted({*chosen, rootfs.machine().oci}):
             archives[oci] = work / f"{oci}.tar"
             rootfs.download(rootfs.ARCHITECTURES[oci], archives[oci])
-        layout = _Writer(work / "layout", version, epoch, _regctl(work))
+        layout = Writer(work / "layout", version, epoch, build_regctl(work))
         for oci, wheel in sorted(chosen.items()):
             architecture = rootfs.ARCHITECTURES[oci]
             folder = work / oci
@@ -68,7 +68,7 @@ def build(source: Path, version: str, epoch: int, out: Path, wheels: Sequence[Pa
             shutil.rmtree(folder)
         layout.finish(sorted(chosen))
         target = out / f"kubeai-{version}-image.tar"
-        _archive(layout.folder, target, epoch)
+        archive_folder(layout.folder, target, epoch)
     return [target, *written]
 
 
@@ -120,14 +120,14 @@ def _wheels(wheels: Sequence[Path]) -> Iterator[tuple[str, Path]]:
                 yield each.oci, wheel
 
 
-def _regctl(folder: Path) -> Path:
+def build_regctl(folder: Path) -> Path:
     """Build regctl with Go, which takes a second if Go has built it before."""
     env = os.environ | {"GOBIN": str(folder), "GOFLAGS": "-mod=mod"}
     subprocess.run(["go", "install", REGCTL], check=True, env=env, cwd=folder)
     return folder / "regctl"
 
 
-class _Writer:
+class Writer:
     """Writes an OCI layout to a folder."""
 
     def __init__(self, folder: Path, version: str, epoch: int, program: Path) -> None:
@@ -150,7 +150,7 @@ class _Writer:
         options += [f"--annotation={key}={value}" for key, value in self._annotations().items()]
         for layer in layers:
             archive = layer.with_suffix(".tar")
-            _archive(layer, archive, 0)
+            archive_folder(layer, archive, 0)
             self._run("image", "mod", image, "--replace", "--layer-add", f"tar={archive}")
             archive.unlink()
         self._run(
@@ -189,7 +189,7 @@ class _Writer:
         subprocess.run([self._program, *arguments], check=True, env=env, stdout=subprocess.DEVNULL)
 
 
-def _archive(folder: Path, archive: Path, epoch: int) -> None:
+def archive_folder(folder: Path, archive: Path, epoch: int) -> None:
     """A tar whose bytes depend on names, modes and contents only."""
 
     def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:

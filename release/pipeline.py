@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
 import json
 import os
@@ -18,13 +17,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from release import checksums, headers, inspection, notes, sbom, sdist, trial, versions, wheels
+from release import (
+    charts,
+    checksums,
+    headers,
+    image,
+    inspection,
+    notes,
+    rootfs,
+    sbom,
+    sdist,
+    trial,
+    versions,
+    wheels,
+)
 from release.errors import ReleaseError
 from release.files import differences, run
 from release.versions import Version
 
 PARTS = ("sdist", "wheels", "sbom", "image", "charts")
-TOOLS = ("setuptools", "cython", "wheel", "ziglang", "auditwheel", "cyclonedx-python-lib")
+TOOLS = ("setuptools", "cython", "wheel", "ziglang", "auditwheel", "cyclonedx-python-lib", "uv")
+PROGRAMS = (  # that make the image's bytes
+    ("go", "version"),
+    ("mmdebstrap", "--version"),
+    *((each.strip, "--version") for each in rootfs.ARCHITECTURES.values()),
+)
 # Where the second build differs from the first one. None of it may reach an artefact.
 OTHERWISE = {
     "TZ": "Pacific/Kiritimati",
@@ -97,10 +114,10 @@ def _build(clone: Path, plan: Plan, epoch: int, head: str) -> None:
             sbom.build(clone, version, epoch, out, made)
     if "image" in plan.parts:
         with plan.step("image"):
-            importlib.import_module("release.image").build(clone, str(version), epoch, out, made)
+            image.build(clone, str(version), epoch, out, made)
     if "charts" in plan.parts:
         with plan.step("charts"):
-            importlib.import_module("release.charts").build(clone, str(version), epoch, out)
+            charts.build(clone, str(version), epoch, out)
 
 
 def _check(clone: Path, plan: Plan) -> None:
@@ -122,10 +139,13 @@ def _check(clone: Path, plan: Plan) -> None:
                     trial.check(wheel, clone / "constraints.txt", plan.version)
             else:
                 plan.said(f"{wheel.name}: not run, this machine has no such interpreter")
-    for part in ("image", "charts"):
-        if part in plan.parts:
-            with plan.step(f"check of the {part}"):
-                importlib.import_module(f"release.{part}").check(str(plan.version), plan.out)
+    if "image" in plan.parts:
+        with plan.step("check of the image"):
+            image.check(str(plan.version), plan.out)
+    if "charts" in plan.parts:
+        with plan.step("check of the charts"), tempfile.TemporaryDirectory() as folder:
+            keyring = checksums.keyring(plan.key, Path(folder) / "keys.gpg") if plan.key else None
+            charts.check(str(plan.version), plan.out, keyring)
 
 
 def info(plan: Plan, epoch: int, head: str) -> dict[str, Any]:
@@ -136,6 +156,10 @@ def info(plan: Plan, epoch: int, head: str) -> dict[str, Any]:
         "sourceDateEpoch": epoch,
         "python": platform.python_version(),
         "tools": {name: importlib.metadata.version(name) for name in TOOLS},
+        "programs": {
+            command[0]: run(command, cwd=plan.out).splitlines()[0]
+            for command in (PROGRAMS if "image" in plan.parts else ())
+        },
         "headers": {python: headers.release(python) for python in plan.pythons},
         "glibc": ".".join(map(str, wheels.GLIBC)),
     }
@@ -160,9 +184,5 @@ def reproduce(repository: Path, first: Path, arguments: Sequence[str]) -> list[s
         )
         if done.returncode:
             raise ReleaseError("the second build failed")
-        # A signature has the time of signing in it.
-        return [
-            name
-            for name in differences(first, out)
-            if name != checksums.SIGNATURE and not name.endswith(".prov")
-        ]
+        # That signature has the time of signing in it; those of the charts have the commit's.
+        return [name for name in differences(first, out) if name != checksums.SIGNATURE]

@@ -119,17 +119,14 @@ LINKS = {
     "var/lock": "/run/lock",
 }
 # Runs when the packages have been downloaded. Scanners of images read these files.
-_RECORD_PACKAGES = r"""
-set -eu
-status=$1/var/lib/dpkg/status.d
-mkdir -p "$status"
-for package in "$1"/var/cache/apt/archives/*.deb; do
-    name=$(dpkg-deb --field "$package" Package)
-    { dpkg-deb --field "$package"; echo "Status: install ok installed"; } >"$status/$name"
-    dpkg-deb --ctrl-tarfile "$package" | tar -xO ./md5sums >"$status/$name.md5sums" || true
-    dpkg-deb --fsys-tarfile "$package" | tar -t >"$status/$name.list"
-done
-"""
+_RECORD_PACKAGES = (  # one line, or mmdebstrap warns
+    'set -eu; status=$1/var/lib/dpkg/status.d; mkdir -p "$status"; '
+    'for package in "$1"/var/cache/apt/archives/*.deb; do '
+    'name=$(dpkg-deb --field "$package" Package); '
+    '{ dpkg-deb --field "$package"; echo "Status: install ok installed"; } >"$status/$name"; '
+    'dpkg-deb --ctrl-tarfile "$package" | tar -xO ./md5sums >"$status/$name.md5sums" || true; '
+    'dpkg-deb --fsys-tarfile "$package" | tar -t >"$status/$name.list"; done'
+)
 
 
 def download(architecture: Architecture, archive: Path) -> None:

@@ -2,18 +2,22 @@
 
 The instructions are read from the file. RUN lines are executed by chroot in a copy of a Debian that
 debootstrap made, with the capabilities that an engine leaves them; COPY copies, the rest is kept.
-What comes of it runs as layouts.py says. Needs root.
+As in an engine, the results of RUN lines are used again by the next run, until a line or a copied
+file before them changes; of each stage, only those before a folder is copied. What comes of it runs
+as layouts.py says. Needs root.
 
 It differs from an engine in what docs/reference/image.md lists.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +27,7 @@ from layouts import Image
 
 CACHE = Path.home() / ".cache" / "kubeai-image"
 BUILD_TIMEOUT_S = 900
+KEPT_S = 7 * 24 * 3600
 # What an engine hands into RUN lines, and what this machine's pip needs besides.
 RESOLVER_FILES = ("/etc/resolv.conf", "/etc/hosts")
 CERTIFICATES = "/run/certificates.pem"
@@ -46,34 +51,87 @@ def build(context: Path, work: Path, **given: str) -> dict[str, Stage]:
     ``given``: build arguments. A stage without a name is called "image".
     """
     parser = DockerfileParser(str(context / "Dockerfile"), cache_content=True)
+    steps = [(each["instruction"], each["value"]) for each in parser.structure]
+    steps = [step for step in steps if step[0] != "COMMENT"]
+    first = next(place for place, (name, _) in enumerate(steps) if name == "FROM")
     arguments: dict[str, str] = {}
+    for _, value in steps[:first]:
+        _argument(arguments, value, given)
     stages: dict[str, Stage] = {}
-    stage: Stage | None = None
-    for step in parser.structure:
-        name, value = step["instruction"], step["value"]
-        if name == "COMMENT":
-            continue
-        if name == "ARG" and stage is None:
-            key, _, default = value.partition("=")
-            arguments[key] = given.get(key, default)
-        elif name == "ARG":
-            key, _, default = value.partition("=")
-            stage.arguments[key] = given.get(key, default)
-        elif name == "FROM":
-            base, _, alias = value.partition(" AS ")
-            for key, default in arguments.items():
-                base = base.replace(f"${{{key}}}", default)
-            stage = Stage(work / (alias or "image"))
-            stages[alias or "image"] = stage
-            if base == "scratch":
-                stage.root.mkdir()
-            else:
-                stage.env["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
-                subprocess.run(["cp", "-a", _debian(base), stage.root], check=True)
-        else:
-            assert stage is not None, step["content"]
-            _apply(stage, stages, context, name, value)
+    while steps := steps[first:]:
+        base, _, alias = steps[0][1].partition(" AS ")
+        for key, default in arguments.items():
+            base = base.replace(f"${{{key}}}", default)
+        stage = Stage(work / (alias or "image"))
+        stages[alias or "image"] = stage
+        names = [name for name, _ in steps[1:]]
+        first = 1 + names.index("FROM") if "FROM" in names else len(steps)
+        _make(stage, base, steps[1:first], stages, context, given)
     return stages
+
+
+def _make(
+    stage: Stage,
+    base: str,
+    steps: Sequence[tuple[str, str]],
+    stages: dict[str, Stage],
+    context: Path,
+    given: Mapping[str, str],
+) -> None:
+    count, kept = _kept(base, steps, context)
+    made = kept.exists()
+    if base == "scratch":
+        stage.root.mkdir()
+    else:
+        stage.env["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
+        subprocess.run(["cp", "-a", kept if made else _debian(base), stage.root], check=True)
+    if made:
+        os.utime(kept)
+    for place, (name, value) in enumerate(steps):
+        if name == "ARG":
+            _argument(stage.arguments, value, given)
+        elif place >= count or not made or name not in ("RUN", "COPY"):
+            _apply(stage, stages, context, name, value)
+        if place == count - 1 and not made:
+            _keep(stage.root, kept)
+
+
+def _kept(base: str, steps: Sequence[tuple[str, str]], context: Path) -> tuple[int, Path]:
+    """How many of the steps other runs can use as well, and where their result is kept."""
+    digest, count = hashlib.sha256(base.encode()), 0
+    found = ""
+    for place, (name, value) in enumerate(steps):
+        if name == "COPY":
+            sources = [context / each for each in shlex.split(value)[:-1]]
+            if not all(path.is_file() for path in sources):  # of a stage, or a folder
+                break
+            for path in sources:
+                digest.update(path.read_bytes())
+        elif name == "ARG":
+            break
+        digest.update(f"\n{name} {value}\n".encode())
+        if name == "RUN":
+            count, found = place + 1, digest.hexdigest()[:16]
+    return count, CACHE / f"after-{found}"
+
+
+def _keep(root: Path, kept: Path) -> None:
+    """Copy a root for other runs, and remove those that none used for a week."""
+    making = kept.with_name(f".{kept.name}.{os.getpid()}")
+    subprocess.run(["cp", "-a", root, making], check=True)
+    os.utime(making)
+    try:
+        making.rename(kept)
+    except OSError:  # another run was faster
+        shutil.rmtree(making)
+    for each in CACHE.glob("after-*"):
+        if each.stat().st_mtime < time.time() - KEPT_S:
+            shutil.rmtree(each)
+
+
+def _argument(arguments: dict[str, str], value: str, given: Mapping[str, str]) -> None:
+    key, _, default = value.partition("=")
+    arguments[key] = given.get(key, default)
 
 
 def _apply(stage: Stage, stages: dict[str, Stage], context: Path, name: str, value: str) -> None:

@@ -163,7 +163,7 @@ def _decoded(body: bytes):
 def embedded(directory: Path):
     """The embedded API as a process, once it says that it is ready."""
     command = (sys.executable, "-m", "kubeai.local.apiserver", "--data-dir", str(directory))
-    with _kept_ports(1) as (port,):
+    with kept_ports(1) as (port,):
         program = Program((*command, "--port", str(port)))
         read, write = os.pipe()
         program.start("--ready-fd", str(write), pass_fds=(write,))
@@ -215,11 +215,11 @@ def real(directory: Path, *options: str, accounts: Sequence[str] = ()):
     clients = Authority(directory, "kubelet-clients")
     client = clients.client(KUBELET_CLIENT)
     with contextlib.ExitStack() as stack:
-        etcd_port, peer_port, port = stack.enter_context(_kept_ports(3))
+        etcd_port, peer_port, port = stack.enter_context(kept_ports(3))
         etcd_url = f"http://127.0.0.1:{etcd_port}"
         peer_url = f"http://127.0.0.1:{peer_port}"
         stack.enter_context(
-            _running(
+            running(
                 directory / "etcd.log",
                 str(folder / "etcd"),
                 f"--data-dir={directory / 'etcd'}",
@@ -232,7 +232,7 @@ def real(directory: Path, *options: str, accounts: Sequence[str] = ()):
             )
         )
         program = stack.enter_context(
-            _running(
+            running(
                 directory / "kube-apiserver.log",
                 str(folder / "kube-apiserver"),
                 f"--etcd-servers={etcd_url}",
@@ -313,7 +313,7 @@ def cluster(
         def run(name: str, *options: str) -> Path:
             log = directory / f"{name}.log"
             command = (str(folder / name), f"--kubeconfig={kubeconfig}", *options)
-            stack.enter_context(_running(log, *command))
+            stack.enter_context(running(log, *command))
             return log
 
         run(
@@ -367,7 +367,7 @@ def _make_rsa_key(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _kept_ports(count: int):
+def kept_ports(count: int):
     """Ports for servers that cannot say which they chose, or that are to come back on theirs.
 
     They are bound here as well, which the kernel bears as long as only one of the two listens. So
@@ -382,7 +382,7 @@ def _kept_ports(count: int):
 
 
 @contextlib.contextmanager
-def _running(log: Path, *command: str):
+def running(log: Path, *command: str):
     program = Program(command, log)
     program.start()
     try:

@@ -1,6 +1,6 @@
 """The source distribution of `kubeai-gateway`, and the wheels that are built from it.
 
-Those of a release come from `python -m release`; a wheel for this interpreter also from pip.
+They are built as in a release. pip builds a wheel for the image; see test_image.py.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from release import sdist as release_sdist
 from release.errors import ReleaseError
 
 pytestmark = [pytest.mark.package, pytest.mark.timeout(600)]
-BACKEND = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
+BACKEND = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 BUILT = (".c", ".so", ".html")
+VERSION = versions.parse("1.2.3")
+EPOCH = 1_700_000_000
+HERE = wheels.Target(f"{sys.version_info[0]}.{sys.version_info[1]}", os.uname().machine)
 
 
-def build(kind: str, source: Path, target: Path) -> Path:
-    command = (sys.executable, "-c", BACKEND.format(kind), str(target))
+def build_sdist(source: Path, target: Path) -> Path:
+    command = (sys.executable, "-c", BACKEND, str(target))
     env = os.environ | {"KUBEAI_VERSION": kubeai.__version__}
     done = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -39,12 +42,12 @@ def build(kind: str, source: Path, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
-    """Unpacked; made of a clean checkout."""
+    """As pip builds it, unpacked; made of a clean checkout."""
     checkout, target, unpacked = (
         tmp_path_factory.mktemp(name) for name in ("tree", "made", "sdist")
     )
     check_out(checkout)
-    with tarfile.open(build("sdist", checkout, target)) as archive:
+    with tarfile.open(build_sdist(checkout, target)) as archive:
         archive.extractall(unpacked, filter="data")
     (folder,) = unpacked.iterdir()
     return folder
@@ -55,39 +58,6 @@ def test_the_source_package_holds_all_sources_and_nothing_that_was_built(sdist):
     assert set(tracked("kubeai")) <= held
     assert {"README.md", "LICENSE", "pyproject.toml", "setup.py"} <= held
     assert not [name for name in held if name.endswith(BUILT) and "/static/" not in name]
-
-
-def test_a_wheel_of_it_has_the_compiled_core_and_the_types_and_starts(sdist, tmp_path):
-    wheel = build("wheel", sdist, tmp_path / "made")
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(tmp_path / "installed")
-    assert "kubeai/py.typed" in names
-    cores = [path.removesuffix(".pyx") for path in tracked("kubeai") if path.endswith(".pyx")]
-    for core in cores:
-        assert any(name.startswith(f"{core}.cpython") for name in names), core
-        assert f"{core}.pyi" in names
-    static = [path for path in tracked("kubeai") if "/console/static/" in path]
-    assert "kubeai/supervisor/console/static/index.html" in static
-    assert set(static) <= set(names), "the console's files are in the package"
-    assert not [name for name in names if name.endswith((".c", ".pyx"))]
-    code = (
-        "import kubeai.cli, kubeai.gateway.worker, sys; print(kubeai.__file__); kubeai.cli.main()"
-    )
-    done = subprocess.run(
-        (sys.executable, "-c", code, "--version"),
-        cwd=tmp_path / "installed",
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.split() == [
-        *(str(tmp_path / "installed/kubeai/__init__.py"), kubeai.__version__)
-    ]
-
-
-VERSION = versions.parse("1.2.3")
-EPOCH = 1_700_000_000
-HERE = wheels.Target(f"{sys.version_info[0]}.{sys.version_info[1]}", os.uname().machine)
 
 
 @pytest.fixture(scope="module")
