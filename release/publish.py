@@ -64,6 +64,8 @@ def publish(
 
     The files must match SHA256SUMS.
     """
+    if not (out / checksums.NAME).exists():
+        raise ReleaseError(f"{out} has no {checksums.NAME}; `make release` builds it")
     checksums.check(out, signature=False)
     pushed = []
     if image_repository:
