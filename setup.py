@@ -24,11 +24,13 @@ root = Path(__file__).parent
 terminal = os.environ.get("KUBEAI_BUILD_PROGRESS")
 FIRST_VERSION = "0.1.0"  # what is developed until there is a tag
 # `git archive` replaces this with the output of `git describe`; see .gitattributes.
-ARCHIVED = "$Format:%(describe:tags=true,match=v[0-9]*)$"
+ARCHIVED = "$Format:%(describe:tags=true,match=v[0-9]*.[0-9]*.[0-9]*)$"
+TAGS = "v[0-9]*.[0-9]*.[0-9]*"  # not `v1`, which may move from release to release
 DESCRIPTION = re.compile(
     r"v(?P<core>\d+\.\d+\.)(?P<patch>\d+)(-(?P<stage>alpha|beta|rc)\.(?P<number>\d+))?"
     r"(-(?P<commits>\d+)-(?P<commit>g[0-9a-f]+))?(?P<dirty>-dirty)?"
 )
+COMMIT = re.compile(r"[0-9a-f]{7,64}")
 STAGES = {"alpha": "a", "beta": "b", "rc": "rc"}
 
 
@@ -68,10 +70,24 @@ def from_git(folder: Path) -> str | None:
 
     if not (folder / ".git").exists():  # the folder may lie in a repository of something else
         return None
-    if description := git("describe", "--tags", "--match=v[0-9]*", "--dirty"):
-        return described(description)
+    describe = ["describe", "--tags", f"--match={TAGS}"]
+    while description := git(*describe, "--dirty"):
+        with contextlib.suppress(ValueError):
+            return described(description)
+        describe.append(f"--exclude={git(*describe, '--abbrev=0')}")  # such as v1.2.3rc1
     commits, commit = git("rev-list", "--count", "HEAD"), git("rev-parse", "--short", "HEAD")
-    return f"{FIRST_VERSION}.dev{commits}+g{commit}" if commits and commit else None
+    if not commits or not commit:
+        return None
+    if git("rev-parse", "--is-shallow-repository") == "true":  # tags and commits may be missing
+        return f"0.0.0+g{commit}"
+    return f"{FIRST_VERSION}.dev{commits}+g{commit}"
+
+
+def from_environment(stated: str) -> str:
+    """Return the version that is stated: as Python or ``git describe --always`` writes it."""
+    if COMMIT.fullmatch(stated):
+        return f"0.0.0+g{stated}"
+    return described(f"v{stated.removeprefix('v')}") if "-" in stated else stated
 
 
 def version(folder: Path) -> str:
@@ -85,10 +101,12 @@ def version(folder: Path) -> str:
         text = (folder / "PKG-INFO").read_text(encoding="utf-8")
         return str(email.parser.HeaderParser().parsestr(text)["Version"])
     if stated := os.environ.get("KUBEAI_VERSION"):
-        return described(f"v{stated.removeprefix('v')}") if "-" in stated else stated
+        return from_environment(stated)
     if found := from_git(folder):
         return found
-    return described(ARCHIVED) if ARCHIVED.startswith("v") else "0.0.0+unknown"
+    with contextlib.suppress(ValueError):
+        return described(ARCHIVED)
+    return "0.0.0+unknown"
 
 
 def show(text: str) -> None:

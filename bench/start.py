@@ -70,9 +70,10 @@ def start(root: Path, port: int, mounts: dict[str, Path]) -> float:
             time.sleep(POLL_S)
         return time.perf_counter() - begin
     finally:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for child in children:
-            os.kill(int(child), signal.SIGKILL)
+        if process.poll() is None:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+            for child in children.split():
+                os.kill(int(child), signal.SIGKILL)
         process.wait()
 
 

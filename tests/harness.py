@@ -23,7 +23,7 @@ import yaml
 from kubeai.kube.client import Kube
 from kubeai.kube.resources import MODELS, PODS
 
-START_TIMEOUT_S = 40.0
+START_TIMEOUT_S = 120.0  # of a machine that is busy with other things
 STOP_TIMEOUT_S = 25.0
 POLL_S = 0.05
 CONFIG = {

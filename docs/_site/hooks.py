@@ -26,7 +26,7 @@ REPOSITORY = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(REPOSITORY / "tests"), str(REPOSITORY / "tests/docs")]
 
 import previews  # noqa: E402
-from doc_pages import COMMENT, PageError, check_front_matter, markdown_tokens  # noqa: E402
+from doc_pages import COMMENT, PageError, markdown_tokens, parse_page  # noqa: E402
 
 # An attribute of raw HTML with a relative URL.
 RELATIVE = re.compile(r'\b(src|srcset|href)="(?![a-z]+:|[/#])([^"]+)"')
@@ -124,11 +124,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> str:
-    """Check the front matter; turn the comments of the conventions into captions, or drop them."""
+    """Check the conventions; turn their comments into captions, or drop them."""
     name = f"docs/{page.file.src_uri}"
     _links.page = page
     try:
-        check_front_matter(name, page.meta)
+        parse_page(name, page.file.content_string)
     except PageError as error:
         log.warning("%s", error)
     page.meta["social_image"] = previews.uri(page.file.src_uri)
@@ -179,6 +179,18 @@ def with_captions(markdown: str) -> str:
             written.append(line)
         written += captions.get(number, ())
     return "\n".join(written) + "\n"
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Let wide drawings scroll; show `|` in the code of tables, where GitHub needs it escaped."""
+    html = re.sub(
+        r'<pre class="mermaid">.*?</pre>',
+        r'<div class="drawing" role="region" aria-label="Drawing" tabindex="0">\g<0></div>',
+        html,
+        flags=re.DOTALL,
+    )
+    cell = re.compile(r"<td\b[^>]*>.*?</td>", re.DOTALL)
+    return cell.sub(lambda found: found[0].replace(r"\|", "|"), html)
 
 
 def on_post_page(output: str, **_: Any) -> str:

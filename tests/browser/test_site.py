@@ -161,8 +161,11 @@ async def test_search_finds_a_page(visit):
 
 async def test_the_navigation_leads_to_a_page_on_a_narrow_screen(visit):
     page = await visit("", NARROW)
-    await page.locator("label[for=__drawer].md-header__button").click()
+    menu = page.locator("label[for=__drawer].md-header__button")
+    await menu.click()
     await page.locator(".md-nav__link", has_text="Reference").first.click()
+    await page.wait_for_url("**/reference/")  # the section's own page
+    await menu.click()
     await page.get_by_role("link", name="HTTP API", exact=True).first.click()
     await page.wait_for_url("**/reference/http-api/")
     await page.locator("h1", has_text="HTTP API").wait_for()

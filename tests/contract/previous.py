@@ -21,7 +21,7 @@ import pytest
 from repository import REPOSITORY
 
 AGE_MIN, EVERY = 20, 25
-NEWEST_TAG = ("describe", "--tags", "--abbrev=0", "--match", "v[0-9]*", "HEAD~1")
+NEWEST_TAG = ("describe", "--tags", "--abbrev=0", "--match", "v[0-9]*.[0-9]*.[0-9]*", "HEAD~1")
 BUILD_TIMEOUT_S = 900
 WHEEL = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 PROGRAM = "kubeai-previous"

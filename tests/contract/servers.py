@@ -293,9 +293,10 @@ def cluster(
     *options: str,
     calls_per_s: int | None = None,
     accounts: Sequence[str] = (),
+    kwok: bool = True,
 ):
     """A whole control plane, and kwok: the Nodes that :func:`node` makes become Ready, every pod
-    on one Running. Other Nodes are for a kubelet of the test's own.
+    on one Running. Other Nodes are for a kubelet of the test's own; without ``kwok``, all are.
 
     ``options`` and ``accounts``: as of :func:`real`. ``calls_per_s``: what scheduler and
     controller-manager may ask of it, where their default (50 and 20) is not what a cluster of any
@@ -307,8 +308,6 @@ def cluster(
     if calls_per_s is not None:
         limits = f"--kube-api-qps={calls_per_s}", f"--kube-api-burst={calls_per_s}"
     with real(directory, *options, accounts=accounts) as server, contextlib.ExitStack() as stack:
-        # The controller-manager exits if it has to wait for longer than 10 s.
-        wait_until(lambda: server.request("GET", "/healthz")[0] == 200, "the API is healthy")
         kubeconfig = server.kubeconfig(directory / "admin.kubeconfig", "default")
 
         def run(name: str, *options: str) -> Path:
@@ -326,6 +325,9 @@ def cluster(
             *limits,
         )
         run("kube-scheduler", "--leader-elect=false", "--secure-port=0", *limits)
+        if not kwok:
+            yield server
+            return
         config = directory / "kwok.yaml"  # or it would read the user's
         config.write_text("kind: KwokConfiguration\napiVersion: config.kwok.x-k8s.io/v1alpha1\n")
         # Without leases the controller-manager takes every node for dead after 40 s.

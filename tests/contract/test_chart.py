@@ -52,7 +52,7 @@ from kubeai.supervisor.console.actions import Actions
 from kubeai.supervisor.console.app import Console
 from kubeai.supervisor.pod_condition import PodCondition
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 CACHED = {"cacheProfiles": {"c": {"sharedFilesystem": {"storageClassName": "nfs"}}}}
 # Kinds of others, which a bare API does not have.
 FOREIGN = ("PodMonitor", "PrometheusRule")

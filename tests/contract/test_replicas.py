@@ -24,7 +24,7 @@ from servers import ApiServer, assets, embedded, install_models, real
 
 from kubeai.kube.resources import CONFIGMAPS, LEASES, MODELS, PODS
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(480)
 ENGINES = 3
 SLOW = ("--decode-tokens-per-second=10", "--max-batch=256")
 STREAMS = 50

@@ -30,7 +30,8 @@ from kubeai.client.usage import grouped, read_usage
 from kubeai.kube.resources import CONFIGMAPS, CRDS, MODELS, PODS, PVCS, SECRETS
 from kubeai.operator.plan import Template, template_of
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+# Without the fixtures: to build the previous version takes minutes, and has its own limit.
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600, func_only=True)]
 KEY, KEY_NAME = "sk-of-the-clients-0123456789", "clients"
 OF_KUBEAI = "app.kubernetes.io/name=kubeai,app.kubernetes.io/instance=kubeai"
 STATE = "kubeai-autoscaler-state"

@@ -97,7 +97,8 @@ def _script(page: Page, steps: Path) -> str:
                 lines.append(f"begin {number}; {run}")
                 continue
             (steps / f"{number}.ready").write_text(step.ready)
-            lines.append(f"begin {number}; {run} &")
+            # With job control, `kill %%` reaches what the block has started.
+            lines.append(f"begin {number}; set -m; {run} & set +m")
             lines.append(f"until_ready $! {number}")
     return "\n".join([*lines, "begin done", ""])
 

@@ -30,7 +30,7 @@ from servers import assets  # noqa: E402
 from surroundings import SURROUNDINGS, Surroundings  # noqa: E402
 
 INSIDE, TIMES = "--inside", "--times"
-TIMEOUT_S = 300.0
+TIMEOUT_S, INSTALL_TIMEOUT_S = 300.0, 600.0  # of a page; of one that installs packages
 NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 LOG_LINES = 30
 COLUMNS = "100"
@@ -70,8 +70,9 @@ def _run_in(folder: Path, page: Page, begun: float, *, times: bool) -> int:
         with contextlib.ExitStack() as stack:
             stack.enter_context(surroundings)
             ready = time.monotonic()
+            timeout_s = INSTALL_TIMEOUT_S if page.pip or page.npm else TIMEOUT_S
             failure = run_steps(
-                page, steps, cwd=work, env=surroundings.environment, timeout_s=TIMEOUT_S
+                page, steps, cwd=work, env=surroundings.environment, timeout_s=timeout_s
             )
             if failure is not None:
                 print(f"{page.name}:{failure}")

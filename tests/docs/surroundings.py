@@ -127,7 +127,12 @@ class Cluster(Surroundings):
     def start(self, stack: contextlib.ExitStack) -> None:
         """Start the control plane and the node; install the chart unless the page does."""
         server = stack.enter_context(
-            cluster(self.folder / "cluster", f"--advertise-address={ADDRESS}", accounts=ACCOUNTS)
+            cluster(
+                self.folder / "cluster",
+                f"--advertise-address={ADDRESS}",
+                accounts=ACCOUNTS,
+                kwok=False,
+            )
         )
         installs = "chart" not in self.page.starts
         kubeconfig = server.kubeconfig(

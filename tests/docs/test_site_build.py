@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.docs, pytest.mark.timeout(600)]
 pytest.importorskip("mkdocs")
 sys.path.append(str(REPOSITORY / "docs/_site"))
 
-from hooks import Links, LinksExtension, with_captions  # noqa: E402
+from hooks import Links, LinksExtension, on_page_markdown, with_captions  # noqa: E402
 from markdown import Markdown  # noqa: E402
 from previews import draw  # noqa: E402
 
@@ -48,6 +48,14 @@ def test_broken_and_malformed_links_are_warnings(link, caplog):
     with caplog.at_level(logging.WARNING):
         rendered(f"[a](<{link}>)")
     assert link in caplog.text
+
+
+def test_a_page_that_breaks_the_conventions_is_a_warning(caplog):
+    text = "---\ndescription: A page.\ncommands: none\n---\n```sh\nls\n```\n"
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="a.md", content_string=text), meta={})
+    with caplog.at_level(logging.WARNING):
+        on_page_markdown(text, page=page, files=None)
+    assert "docs/a.md:6: a page with `commands: none` runs nothing" in caplog.text
 
 
 def test_reasons_become_captions_and_other_comments_are_dropped():

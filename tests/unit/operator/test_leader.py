@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
+import random
 
 import pytest
 from fakes.time import FAKE_TIME
@@ -13,6 +15,7 @@ from kubeai.kube.errors import ApiError
 from kubeai.operator.leader import (
     GO_CONTROLLER_LEASE_NAME,
     LEASE_NAME,
+    Leader,
     Leadership,
     NotLeader,
 )
@@ -116,6 +119,9 @@ class Candidate:
     def leads(self):
         return self.leader.leads
 
+    async def release(self):
+        await self.leader.release()
+
     def thaw(self):
         self.task = asyncio.create_task(self.leader.run())
 
@@ -123,6 +129,36 @@ class Candidate:
         """Stop in the middle of whatever it does, without a word."""
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
+
+
+class GoCandidate(Candidate):
+    """A replica of KubeAI in Go competes for each lease by itself."""
+
+    def __init__(self, leases, identity, name):
+        self.identity = identity
+        self.elected = Leader(
+            *(leases, "default", identity),
+            lease_duration_s=LEASE_S,
+            renew_deadline_s=RENEW_S,
+            retry_period_s=RETRY_S,
+            name=name,
+            clock=asyncio.get_running_loop().time,
+        )
+
+    @property
+    def leads(self):
+        return self.elected.leads
+
+    async def release(self):
+        await self.elected.release()
+
+    def thaw(self):
+        self.task = asyncio.create_task(self._run())
+
+    async def _run(self):
+        while True:
+            await self.elected.step()
+            await asyncio.sleep(self.elected.wait_s())
 
 
 class World:
@@ -409,3 +445,59 @@ async def test_both_leases_of_a_dead_leader_expire_together(world):
     world.leases.held_by_go(LEASE_NAME, GO_CONTROLLER_LEASE_NAME)
     one = world.join("one")
     assert await world.until(lambda: one.leads, LEASE_S + RETRY_S) >= LEASE_S - 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+async def test_there_is_one_leader_and_none_beside_kubeai_in_go_whatever_fails(seed):
+    dice, leases, turns = random.Random(seed), Leases(), []
+    here = [Candidate(leases, f"here-{number}", turns) for number in range(3)]
+    names = itertools.product(range(2), (LEASE_NAME, GO_CONTROLLER_LEASE_NAME))
+    go = [GoCandidate(leases, f"go-{number}", name) for number, name in names]
+    alive = set()
+    for _ in range(150):
+        one = dice.choice(here + go)
+        if one in alive:
+            alive.remove(one)
+            await one.freeze()
+            if dice.random() < 0.5:
+                await one.release()
+        elif dice.random() < 0.5:
+            alive.add(one)
+            one.thaw()
+        leases.away, leases.lose_answers = dice.random() < 0.1, dice.random() < 0.1
+        leases.answer_s = dice.choice((0, 0, 0, 1, 6))
+        for _ in range(dice.randint(1, 100)):
+            await asyncio.sleep(0.1)
+            leaders = [each for each in here if each.leads]
+            assert len(leaders) <= 1
+            assert not leaders or not any(each.leads for each in go)
+    for each in alive:
+        await each.freeze()
+    leases.away, leases.lose_answers, leases.answer_s = False, False, 0
+    world = World()
+    world.leases = leases
+    last = world.join("last")
+    await world.until(lambda: last.leads, LEASE_S + 2 * RETRY_S)
+    await last.freeze()
+    for each in here:
+        mine = [leads for identity, leads in turns if identity == each.identity]
+        assert all(before != after for before, after in itertools.pairwise(mine))
+
+
+async def test_a_replica_without_permission_for_one_lease_does_not_lead(world, monkeypatch):
+    create = world.leases.create
+
+    async def refuse(r, obj, namespace=""):
+        if obj["metadata"]["name"] == GO_CONTROLLER_LEASE_NAME:
+            raise ApiError(403, "Forbidden", "leases is forbidden")
+        return await create(r, obj, namespace)
+
+    monkeypatch.setattr(world.leases, "create", refuse)
+    one, two = world.join("one"), world.join("two")
+    for _ in range(10):
+        await asyncio.sleep(LEASE_S / 2)
+        assert not one.leads
+        assert not two.leads
+    monkeypatch.setattr(world.leases, "create", create)
+    await world.until(lambda: one.leads or two.leads, 2 * RETRY_S)

@@ -10,7 +10,7 @@ from fakes.engine_pods import CONFIG, ENGINES, hash_label, pod
 from msgspec.structs import replace
 from repository import REPOSITORY
 
-from kubeai.api.config.system import CacheProfile, ResourceProfile
+from kubeai.api.config.system import CacheProfile, ModelLoading, ResourceProfile
 from kubeai.api.config.system import SharedFilesystem as Shared
 
 ADAPTER = {"name": "a", "url": "hf://o/a"}
@@ -118,3 +118,13 @@ def test_the_docs_name_the_other_engines_whose_pods_a_change_replaces(field):
     text = (REPOSITORY / "docs/reference/model.md").read_text()
     (named,) = re.findall(rf"`{field}` (?:also replaces the pods of|those\s+of) ([^.`]*)", text)
     assert {each for each in ENGINES if re.search(rf"\b{each}\b", named)} == engines
+
+
+@pytest.mark.parametrize("spec", [{}, {"adapters": [ADAPTER]}, {"cacheProfile": "c"}])
+def test_a_new_loader_as_of_an_upgrade_replaces_only_pods_with_adapters(spec):
+    """docs/how-to/upgrade.md says so."""
+    built = [
+        hash_label(pod(config=replace(PROFILES, model_loading=ModelLoading(image=image)), **spec))
+        for image in ("kubeai:1", "kubeai:2")
+    ]
+    assert (built[0] != built[1]) is ("adapters" in spec)

@@ -171,6 +171,41 @@ def test_a_repository_without_tags_has_a_development_version(tree):
     assert tree.version == f"0.1.0.dev2+g{tree.git('rev-parse', '--short', 'HEAD')}"
 
 
+@pytest.mark.parametrize("name", ["v1", "v1.2", "v1.2.3.4", "v1.2.3rc1", "v9.9.9-x.1", "v1-docs"])
+def test_tags_that_are_no_versions_are_ignored(tree, name):
+    first = tree.version
+    tree.git("tag", "-a", "-m", "a tag with a message is preferred", name)
+    assert tree.version == first
+    tree.tag("v1.2.3")
+    assert tree.version == "1.2.3"
+    tree.commit("two")
+    tree.git("tag", "-f", name)
+    assert tree.version == f"1.2.4.dev1+g{tree.git('rev-parse', '--short', 'HEAD')}"
+
+
+def test_a_shallow_clone_does_not_guess_by_the_commits_that_it_has(tree, tmp_path):
+    tree.tag("v1.2.3")
+    tree.commit("two")
+    tree.commit("three")
+    short = tree.git("rev-parse", "--short", "HEAD")
+    tree.git("clone", "-q", "--depth=1", "--no-tags", f"file://{tree.folder}", tmp_path / "clone")
+    assert SETUP["version"](tmp_path / "clone") == f"0.0.0+g{short}"
+
+
+def test_a_worktree_has_the_version_of_its_commit(tree, tmp_path):
+    tree.tag("v1.2.3")
+    tree.commit("two")
+    tree.git("worktree", "add", "-q", "--detach", tmp_path / "other", "v1.2.3")
+    assert SETUP["version"](tmp_path / "other") == "1.2.3"
+
+
+@pytest.mark.parametrize("stated", ["79abcb1f", "7910422"])
+def test_a_commit_may_be_stated_as_the_version(tree, monkeypatch, stated):
+    """`git describe --always` prints it where there is no tag."""
+    monkeypatch.setenv("KUBEAI_VERSION", stated)
+    assert tree.version == f"0.0.0+g{stated}"
+
+
 def test_without_a_repository_the_version_is_stated_or_unknown(tree, monkeypatch):
     shutil.rmtree(tree.folder / ".git")
     assert tree.version == "0.0.0+unknown"
@@ -191,6 +226,8 @@ def test_an_archive_of_git_knows_its_version(tree, tmp_path, monkeypatch):
     shutil.unpack_archive(tmp_path / "a.tar", tmp_path / "unpacked")
     archived = runpy.run_path(str(tmp_path / "unpacked/setup.py"))
     assert archived["version"](tmp_path / "unpacked") == "1.2.3"
+    archived["version"].__globals__["ARCHIVED"] = "v1.2.3rc1"
+    assert archived["version"](tmp_path / "unpacked") == "0.0.0+unknown"
 
 
 def test_the_repository_around_the_tree_does_not_name_its_version(tree):
