@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import jsonschema_rs
+import msgspec
 import pytest
 import yaml
 from repository import REPOSITORY
@@ -22,6 +23,7 @@ from repository import REPOSITORY
 from kubeai.api.config.system import SystemConfig, parse_config
 from kubeai.api.crd import model_crd
 from kubeai.api.model import API_VERSION, decode_model
+from kubeai.local import from_url
 from kubeai.local.apiserver.schema.structural import Schema
 from kubeai.podspec import build_pod
 
@@ -108,14 +110,16 @@ def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
 
 @cache
 def config_of(page: str) -> SystemConfig:
-    """The system config with the profiles of the chart, its cloud files, and the page's blocks."""
+    """The system config with the profiles of the chart, its cloud files, `kubeai local`, and the page."""
     merged: dict[str, Any] = {key: {} for key in PROFILES}
     files = [defaults("values.yaml"), defaults("values-eks.yaml"), defaults("values-gke.yaml")]
     shown = [block.value for block in VALUES + CONFIGS if block.page == page]
     for values in files + shown:
         for key in PROFILES:
             merge(merged[key], values.get(key) or {})
-    return parse_config(yaml.safe_dump(merged))
+    config = parse_config(yaml.safe_dump(merged))
+    profiles = {from_url.GPU_PROFILE: from_url.ONE_GPU, **config.resource_profiles}
+    return msgspec.structs.replace(config, resource_profiles=profiles)
 
 
 def test_the_pages_have_blocks_of_each_kind():
