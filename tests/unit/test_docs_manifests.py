@@ -110,7 +110,7 @@ def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
 
 @cache
 def config_of(page: str) -> SystemConfig:
-    """The system config with the profiles of the chart, its cloud files, `kubeai local`, and the page."""
+    """The system config: profiles of the chart, its cloud files, `kubeai local` and the page."""
     merged: dict[str, Any] = {key: {} for key in PROFILES}
     files = [defaults("values.yaml"), defaults("values-eks.yaml"), defaults("values-gke.yaml")]
     shown = [block.value for block in VALUES + CONFIGS if block.page == page]
