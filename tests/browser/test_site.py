@@ -140,6 +140,11 @@ async def check_width(page, name: str) -> None:
 
 
 async def check_barriers(page) -> None:
+    """Axe's findings, once nothing fades: it takes the colours of the moment for the contrast."""
+    await page.mouse.move(0, 0)  # hides the tooltip of what was clicked
+    still = "*, ::before, ::after { transition: none !important; animation: none !important }"
+    await page.add_style_tag(content=still)
+    await page.wait_for_function("document.getAnimations().length === 0")
     found = await Axe().run(page, options={"resultTypes": ["violations"]})
     serious = [
         f"{one['id']}: {node['html'][:160]}: {node['failureSummary']}"
