@@ -9,14 +9,13 @@ what the engine has reported, or else an estimate. Responses to keys with a limi
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.math cimport ceil
-from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.stdint cimport int64_t, uint32_t
 
 from kubeai._key_table cimport KeyTable
 from kubeai._keys cimport Key
 from kubeai._limits cimport REQUESTS, TOKENS, TOO_LARGE, Charge, Quota, take
 from kubeai._prompt cimport Prompt
-from kubeai.gateway.relay._text cimport put
+from kubeai.gateway.relay._text cimport put, put_number
 from kubeai.openai._body_scan cimport InferenceRequest
 from kubeai.openai._output cimport asked_tokens
 from kubeai.openai._usage cimport UNKNOWN_TOKENS, Usage
@@ -25,14 +24,11 @@ from kubeai.openai.errors import BadRequest
 
 cdef enum:
     OUTPUT_TOKENS_FIRST = 256
-    DIGITS_MAX = 20  # of 64 bits
     LINES_MAX_BYTES = 512  # six lines of 32 characters and a number of at most 19 digits
     TOO_LARGE_RETRY_S = 60
 
 OUTPUT_TOKENS = OUTPUT_TOKENS_FIRST
 
-cdef bytes _pairs = b"".join([b"%02d" % number for number in range(100)])
-cdef const char *PAIRS = _pairs  # "00" to "99"
 cdef double LEARNED_SHARE = 0.05  # of a new response in the mean
 
 
@@ -110,28 +106,6 @@ def refusal(Key key not None, Charge charge not None):
         retry_after_s=retry_s,
         is_retryable=charge._excess != TOO_LARGE,
     )
-
-
-cdef inline char *put_number(char *to, uint64_t number) noexcept:
-    """Write a number, two digits at a time, at a tenth of the cost of ``snprintf``.
-
-    ``to`` has room for ``DIGITS_MAX`` characters: what follows the number is overwritten.
-    """
-    cdef char digits[2 * DIGITS_MAX]
-    cdef int at = DIGITS_MAX
-    memset(&digits[DIGITS_MAX], 0, DIGITS_MAX)
-    while number >= 100:
-        at -= 2
-        memcpy(&digits[at], &PAIRS[2 * (number % 100)], 2)
-        number //= 100
-    if number >= 10:
-        at -= 2
-        memcpy(&digits[at], &PAIRS[2 * number], 2)
-    else:
-        at -= 1
-        digits[at] = c"0" + <char> number
-    memcpy(to, &digits[at], DIGITS_MAX)  # a fixed size takes no call
-    return to + DIGITS_MAX - at
 
 
 cdef inline char *put_lines(

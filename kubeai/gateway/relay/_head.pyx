@@ -17,6 +17,7 @@ from kubeai.gateway.relay._text cimport (
     is_name,
     is_value,
     put,
+    put_number,
     strip,
     text_add,
     text_add_header,
@@ -107,17 +108,8 @@ cdef int64_t number(Bytes digits) noexcept:
 
 cdef char *put_length(char *to, int64_t length) noexcept:
     """Write a Content-Length line: at most 37 bytes."""
-    cdef char digits[20]
-    cdef int at = 20
-    while True:
-        at -= 1
-        digits[at] = <char> (c"0" + length % 10)
-        length //= 10
-        if length == 0:
-            break
     to = put(to, b"Content-Length: ", 16)
-    to = put(to, digits + at, 20 - at)
-    return put(to, b"\r\n", 2)
+    return put(put_number(to, length), b"\r\n", 2)
 
 
 cdef class Head:

