@@ -216,8 +216,10 @@ class Machine:
         await self._delete_models()
         for resource in (JOBS, PVCS) if self.is_alone else (JOBS, PVCS, QUOTAS):
             for found in (await self.kube.list(resource, self.namespace))[0]:
+                name = found["metadata"]["name"]
                 with contextlib.suppress(ApiError):  # it has ended by itself
-                    await self.kube.delete(resource, found["metadata"]["name"])
+                    # The default for Jobs is Orphan, which would leave their pods.
+                    await self.kube.delete(resource, name, propagation="Background")
 
         async def empty() -> bool:
             lists = [await self.kube.list(one, self.namespace) for one in (PODS, JOBS, PVCS)]
