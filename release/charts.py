@@ -20,18 +20,18 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
 from release.errors import ReleaseError
 from release.files import run
+from release.values import comment
 
 CHARTS = ("kubeai", "models")
 REQUIRED = {"kubeai": ("--set", "image.repository=registry.example.com/kubeai")}
 VALUE_MAX_CHARACTERS = 60
-_KEY = re.compile(r"( *)([A-Za-z][\w.-]*|\"[^\"]+\"):(?: +(.*))?")
 
 
 def build(source: Path, version: str, epoch: int, out: Path) -> list[Path]:
@@ -150,29 +150,24 @@ def _cell(default: str) -> str:
 
 def parameters(text: str) -> Iterator[tuple[str, str, str]]:
     """Each key that has a comment: its path, its default (empty for sections), the comment."""
-    path: list[tuple[int, str]] = []
-    comment: list[str] = []
-    for line in text.splitlines():
-        stripped = line.strip()
-        if stripped.startswith("#"):
-            words = stripped.lstrip("#").removeprefix(" ")
-            if not words.startswith((" ", "- ")):  # those are examples
-                comment.append(words)
-            continue
-        found = _KEY.fullmatch(line)
-        if found is None:
-            comment = []
-            continue
-        indent, key, rest = len(found[1]), found[2].strip('"'), found[3] or ""
-        path = [*(part for part in path if part[0] < indent), (indent, key)]
-        default, _, remark = rest.partition(" #") if not rest.startswith("#") else ("", "", rest)
-        words = " ".join([*comment, remark.strip("# ")]).strip()
-        comment = []
-        default = default.strip()
-        if words and "====" not in words and "-----" not in words:
-            if len(default) > VALUE_MAX_CHARACTERS:
+    node = yaml.compose(text)
+    assert isinstance(node, yaml.MappingNode)
+    return _parameters(text, text.splitlines(), node, "")
+
+
+def _parameters(
+    text: str, lines: Sequence[str], section: yaml.MappingNode, parent: str
+) -> Iterator[tuple[str, str, str]]:
+    for key, value in section.value:
+        path = f"{parent}{key.value}"
+        nested = isinstance(value, yaml.CollectionNode) and not value.flow_style
+        if words := comment(lines, key.start_mark.line):
+            default = "" if nested else text[value.start_mark.index : value.end_mark.index]
+            if len(default) > VALUE_MAX_CHARACTERS or "\n" in default:
                 default = "…"
-            yield ".".join(each for _, each in path), default, words.replace("|", "\\|")
+            yield path, default, words.replace("|", "\\|")
+        if nested and isinstance(value, yaml.MappingNode):
+            yield from _parameters(text, lines, value, f"{path}.")
 
 
 def main(version: str, folder: str) -> None:
