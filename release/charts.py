@@ -1,22 +1,18 @@
 """The Helm charts as packages: charts/kubeai and charts/models, with the release's version.
 
 Helm packages them; the archive is then written again with sorted names and one time, so that the
-same charts give the same bytes. Each has a README.md with its values. If $GPG_KEY names a
-key of GnuPG, each also has a provenance file, which `helm verify` checks. Called by
-``python -m release``; alone::
+same charts give the same bytes. Each has a README.md with its values. If there is a key of GnuPG,
+each also has a provenance file, which `helm verify` checks. Called by ``python -m release``; alone,
+with the key that $GPG_KEY names::
 
     python -m release.charts VERSION FOLDER
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -25,8 +21,9 @@ from pathlib import Path
 
 import yaml
 
+from release import checksums
 from release.errors import ReleaseError
-from release.files import run
+from release.files import repack, run, sha256
 from release.values import comment
 
 CHARTS = ("kubeai", "models")
@@ -34,8 +31,8 @@ REQUIRED = {"kubeai": ("--set", "image.repository=registry.example.com/kubeai")}
 VALUE_MAX_CHARACTERS = 60
 
 
-def build(source: Path, version: str, epoch: int, out: Path) -> list[Path]:
-    """Write the packages to ``out``, and their provenance files if there is a key."""
+def build(source: Path, version: str, epoch: int, out: Path, key: str | None = None) -> list[Path]:
+    """Write the packages to ``out``, and their provenance files if ``key`` names a secret key."""
     written = []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -47,9 +44,9 @@ def build(source: Path, version: str, epoch: int, out: Path) -> list[Path]:
             (folder / "README.md").write_text(readme(folder))
             _run(helm, "package", folder, "--destination", work)
             package = out / f"{chart}-{version}.tgz"
-            _normalise(work / package.name, package, epoch)
+            repack(work / package.name, package, epoch)
             written.append(package)
-            if key := os.environ.get("GPG_KEY"):
+            if key:
                 written.append(_sign(package, key, epoch))
     return written
 
@@ -70,12 +67,9 @@ def helm_program(source: Path) -> Path:
     return Path(run(command, cwd=source / "tests/cluster/helm").strip())
 
 
-def _run(helm: Path, *arguments: object) -> None:
+def _run(helm: Path, *arguments: str | Path) -> None:
     with tempfile.TemporaryDirectory() as home:  # reads no settings of the user
-        env = os.environ | {"HOME": home}
-        done = subprocess.run([helm, *map(str, arguments)], env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise ReleaseError(f"helm {arguments[0]}: {done.stdout}{done.stderr}")
+        run((helm, *arguments), cwd=Path.cwd(), env=os.environ | {"HOME": home})
 
 
 def _set_version(file: Path, version: str) -> None:
@@ -85,20 +79,6 @@ def _set_version(file: Path, version: str) -> None:
     if count != 2:
         raise ReleaseError(f"{file}: not one version and one appVersion")
     file.write_text(text)
-
-
-def _normalise(package: Path, target: Path, epoch: int) -> None:
-    """Copy a package with its entries sorted, owned by nobody, and of one time."""
-    plain = io.BytesIO()
-    with (
-        tarfile.open(package) as given,
-        tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as out,
-    ):
-        for entry in sorted(given.getmembers(), key=lambda each: each.name):
-            clean = tarfile.TarInfo(entry.name)
-            clean.size, clean.mode, clean.mtime = entry.size, 0o644, epoch
-            out.addfile(clean, given.extractfile(entry))
-    target.write_bytes(gzip.compress(plain.getvalue(), mtime=epoch))
 
 
 def _sign(package: Path, key: str, epoch: int) -> Path:
@@ -111,19 +91,14 @@ def _sign(package: Path, key: str, epoch: int) -> Path:
         metadata = entries.extractfile(f"{entries.getnames()[0].split('/')[0]}/Chart.yaml")
         assert metadata is not None
         text = metadata.read().decode()
-    digest = hashlib.sha256(package.read_bytes()).hexdigest()
-    signed = subprocess.run(
-        [
-            *("gpg", "--batch", "--yes", "--local-user", key, "--digest-algo", "SHA512"),
-            *("--faked-system-time", f"{epoch}!", "--ignore-time-conflict", "--clear-sign"),
-        ],
-        input=f"{text}\n...\nfiles:\n  {package.name}: sha256:{digest}\n".encode(),
-        stdout=subprocess.PIPE,
-        check=True,
-    ).stdout
-    provenance = package.with_name(f"{package.name}.prov")
-    provenance.write_bytes(signed)
-    return provenance
+    options = (
+        *("--digest-algo", "SHA512", "--faked-system-time", f"{epoch}!"),
+        *("--ignore-time-conflict", "--clear-sign"),
+    )
+    with tempfile.TemporaryDirectory() as name:
+        plain = Path(name) / "provenance"
+        plain.write_text(f"{text}\n...\nfiles:\n  {package.name}: sha256:{sha256(package)}\n")
+        return checksums.sign(plain, package.with_name(f"{package.name}.prov"), key, *options)
 
 
 # -- a chart's README ----------------------------------------------------------------------------
@@ -174,7 +149,7 @@ def main(version: str, folder: str) -> None:
     """Package the charts of this checkout into ``folder``."""
     source = Path(__file__).resolve().parent.parent
     epoch = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
-    for path in build(source, version, epoch, Path(folder)):
+    for path in build(source, version, epoch, Path(folder), os.environ.get("GPG_KEY")):
         print(path)
 
 

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -26,6 +25,7 @@ from elftools.elf.elffile import ELFFile
 
 from release import rootfs, sbom
 from release.errors import ReleaseError
+from release.files import run, unpack
 from release.oci import Layout
 
 REGCTL = "github.com/regclient/regclient/cmd/regctl@v0.11.7"
@@ -67,9 +67,20 @@ def build(source: Path, version: str, epoch: int, out: Path, wheels: Sequence[Pa
             written.append(sbom.write_image(folder / "root", version, epoch, out, oci))
             shutil.rmtree(folder)
         layout.finish(sorted(chosen))
-        target = out / f"kubeai-{version}-image.tar"
+        target = packed(version, out)
         archive_folder(layout.folder, target, epoch)
     return [target, *written]
+
+
+def packed(version: str, out: Path) -> Path:
+    """Where the release in ``out`` has the layout, as a tar."""
+    return out / f"kubeai-{version}-image.tar"
+
+
+def unpacked(version: str, out: Path, folder: Path) -> Layout:
+    """The layout of the release in ``out``, unpacked to ``folder``."""
+    unpack(packed(version, out), folder)
+    return Layout(folder)
 
 
 def check(version: str, out: Path) -> None:
@@ -78,9 +89,7 @@ def check(version: str, out: Path) -> None:
     The last two for architectures that this machine cannot run, too.
     """
     with tempfile.TemporaryDirectory() as name:
-        with tarfile.open(out / f"kubeai-{version}-image.tar") as archive:
-            archive.extractall(Path(name) / "layout", filter="data")
-        layout = Layout(Path(name) / "layout")
+        layout = unpacked(version, out, Path(name) / "layout")
         if layout.tag != version:
             raise ReleaseError(f"image: tagged {layout.tag}, not {version}")
         for oci in layout.architectures:
@@ -123,7 +132,7 @@ def _wheels(wheels: Sequence[Path]) -> Iterator[tuple[str, Path]]:
 def build_regctl(folder: Path) -> Path:
     """Build regctl with Go, which takes a second if Go has built it before."""
     env = os.environ | {"GOBIN": str(folder), "GOFLAGS": "-mod=mod"}
-    subprocess.run(["go", "install", REGCTL], check=True, env=env, cwd=folder)
+    run(("go", "install", REGCTL), cwd=folder, env=env)
     return folder / "regctl"
 
 
@@ -186,7 +195,7 @@ class Writer:
 
     def _run(self, *arguments: str) -> None:
         env = os.environ | {"HOME": str(self.folder.parent)}  # reads no settings of the user
-        subprocess.run([self._program, *arguments], check=True, env=env, stdout=subprocess.DEVNULL)
+        run((self._program, *arguments), cwd=self.folder.parent, env=env)
 
 
 def archive_folder(folder: Path, archive: Path, epoch: int) -> None:

@@ -117,7 +117,7 @@ def _build(clone: Path, plan: Plan, epoch: int, head: str) -> None:
             image.build(clone, str(version), epoch, out, made)
     if "charts" in plan.parts:
         with plan.step("charts"):
-            charts.build(clone, str(version), epoch, out)
+            charts.build(clone, str(version), epoch, out, plan.key)
 
 
 def _check(clone: Path, plan: Plan) -> None:

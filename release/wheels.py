@@ -21,9 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from release import headers, sdist
+from release import headers
 from release.errors import ReleaseError
-from release.files import environment, run
+from release.files import environment, run, unpack
 from release.versions import Version
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
@@ -106,7 +106,7 @@ def build(
     """Build the wheels of `wanted` from the source distribution `source`."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        sdist.unpack(source, scratch / "sdist")
+        unpack(source, scratch / "sdist")
         (tree,) = (scratch / "sdist").iterdir()
         env = environment(
             epoch,

@@ -82,9 +82,7 @@ def layout(stages, tmp_path_factory) -> Layout:
     shutil.copy(wheel, named)
     release.image.build(REPOSITORY, VERSION, EPOCH, out, [named])
     release.image.check(VERSION, out)
-    with tarfile.open(out / f"kubeai-{VERSION}-image.tar") as archive:
-        archive.extractall(out / "layout", filter="data")
-    return Layout(out / "layout")
+    return release.image.unpacked(VERSION, out, out / "layout")
 
 
 @pytest.fixture(scope="module")
