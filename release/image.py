@@ -24,6 +24,7 @@ from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
 
 from release import rootfs, sbom
+from release.architectures import ARCHITECTURES, Architecture
 from release.errors import ReleaseError
 from release.files import run, unpack
 from release.oci import Layout
@@ -53,15 +54,11 @@ def build(source: Path, version: str, epoch: int, out: Path, wheels: Sequence[Pa
     written = []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        archives = {}
-        for oci in sorted({*chosen, rootfs.machine().oci}):
-            archives[oci] = work / f"{oci}.tar"
-            rootfs.download(rootfs.ARCHITECTURES[oci], archives[oci])
+        archives = rootfs.download([ARCHITECTURES[oci] for oci in chosen], work)
         layout = Writer(work / "layout", version, epoch, build_regctl(work))
         for oci, wheel in sorted(chosen.items()):
-            architecture = rootfs.ARCHITECTURES[oci]
             folder = work / oci
-            layers = rootfs.build(archives, wheel.resolve(), architecture, folder)
+            layers = rootfs.build(archives, wheel.resolve(), ARCHITECTURES[oci], folder)
             layout.add(oci, layers)
             rootfs.merge(layers, folder / "root")
             written.append(sbom.write_image(folder / "root", version, epoch, out, oci))
@@ -99,10 +96,10 @@ def check(version: str, out: Path) -> None:
                 raise ReleaseError(f"image: the user is not {rootfs.USER}")
             if shells := [each for each in SHELLS if (root / "usr/bin" / each).exists()]:
                 raise ReleaseError(f"image: contains {', '.join(shells)}")
-            _check_libraries(root, rootfs.ARCHITECTURES[oci])
+            _check_libraries(root, ARCHITECTURES[oci])
 
 
-def _check_libraries(root: Path, architecture: rootfs.Architecture) -> None:
+def _check_libraries(root: Path, architecture: Architecture) -> None:
     """Check that programs and libraries are of the architecture, and have what they link to."""
     there = {path.name for path in root.rglob("*.so*")}
     for path in [root / f"usr/bin/python{rootfs.PYTHON}", *sorted(root.rglob("*.so*"))]:
@@ -124,7 +121,7 @@ def _check_libraries(root: Path, architecture: rootfs.Architecture) -> None:
 def _wheels(wheels: Sequence[Path]) -> Iterator[tuple[str, Path]]:
     tag = f"-cp{rootfs.PYTHON.replace('.', '')}-"
     for wheel in wheels:
-        for each in rootfs.ARCHITECTURES.values():
+        for each in ARCHITECTURES.values():
             if tag in wheel.name and wheel.stem.endswith(f"_{each.machine}"):
                 yield each.oci, wheel
 
