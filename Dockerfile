@@ -20,7 +20,7 @@ COPY kubeai kubeai
 # The version of KubeAI; the build has no git tag to read it from.
 ARG VERSION=
 RUN KUBEAI_VERSION="${VERSION}" CFLAGS=-g0 /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation -w /wheels .
-COPY release/__init__.py release/rootfs.py release/
+COPY release/__init__.py release/architectures.py release/rootfs.py release/
 RUN /build/bin/python -m release.rootfs /image /wheels/kubeai_gateway-*.whl
 
 FROM scratch

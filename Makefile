@@ -22,34 +22,14 @@ help:  ## list the targets
 	$(BIN)/python -m compileall -q kubeai  # for systems with PYTHONDONTWRITEBYTECODE
 	touch $@
 
-# Installs only what the extra adds to the installed distribution: -e would compile the core again.
-.venv/installed-test: .venv/installed
-	$(PIP) install -q -c constraints.txt 'kubeai-gateway[test]'
+# Installs only what an extra adds to the installed distribution: -e would compile the core again.
+.venv/installed-%: .venv/installed
+	$(PIP) install -q -c constraints.txt 'kubeai-gateway[$*]'
 	touch $@
 
-.venv/installed-browser: .venv/installed-test
-	$(PIP) install -q -c constraints.txt 'kubeai-gateway[browser]'
-	touch $@
-
-.venv/installed-check: .venv/installed-test
-	$(PIP) install -q -c constraints.txt 'kubeai-gateway[check,release]'
-	touch $@
-
-.venv/installed-release: .venv/installed
-	$(PIP) install -q -c constraints.txt 'kubeai-gateway[release]'
-	touch $@
-
-.venv/installed-clients: .venv/installed-test
-	$(PIP) install -q -c constraints.txt 'kubeai-gateway[clients]'
-	touch $@
-
-.venv/installed-docs: .venv/installed
-	$(PIP) install -q -c constraints.txt 'kubeai-gateway[docs]'
-	touch $@
-
-.venv/installed-coverage: .venv/installed-test
-	$(PIP) install -q -c constraints.txt 'kubeai-gateway[coverage]'
-	touch $@
+.venv/installed-api .venv/installed-browser .venv/installed-check .venv/installed-clients \
+	.venv/installed-coverage: .venv/installed-test
+.venv/installed-check: .venv/installed-release
 
 build: .venv/installed  ## create the virtual environment and compile the core
 

@@ -1,41 +1,38 @@
 """The Helm charts as packages: charts/kubeai and charts/models, with the release's version.
 
 Helm packages them; the archive is then written again with sorted names and one time, so that the
-same charts give the same bytes. Each has a README.md with its values. If $GPG_KEY names a
-key of GnuPG, each also has a provenance file, which `helm verify` checks. Called by
-``python -m release``; alone::
+same charts give the same bytes. Each has a README.md with its values. If there is a key of GnuPG,
+each also has a provenance file, which `helm verify` checks. Called by ``python -m release``; alone,
+with the key that $GPG_KEY names::
 
     python -m release.charts VERSION FOLDER
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
+from release import checksums
 from release.errors import ReleaseError
-from release.files import run
+from release.files import repack, run, sha256
+from release.values import comment
 
 CHARTS = ("kubeai", "models")
 REQUIRED = {"kubeai": ("--set", "image.repository=registry.example.com/kubeai")}
 VALUE_MAX_CHARACTERS = 60
-_KEY = re.compile(r"( *)([A-Za-z][\w.-]*|\"[^\"]+\"):(?: +(.*))?")
 
 
-def build(source: Path, version: str, epoch: int, out: Path) -> list[Path]:
-    """Write the packages to ``out``, and their provenance files if there is a key."""
+def build(source: Path, version: str, epoch: int, out: Path, key: str | None = None) -> list[Path]:
+    """Write the packages to ``out``, and their provenance files if ``key`` names a secret key."""
     written = []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -47,9 +44,9 @@ def build(source: Path, version: str, epoch: int, out: Path) -> list[Path]:
             (folder / "README.md").write_text(readme(folder))
             _run(helm, "package", folder, "--destination", work)
             package = out / f"{chart}-{version}.tgz"
-            _normalise(work / package.name, package, epoch)
+            repack(work / package.name, package, epoch)
             written.append(package)
-            if key := os.environ.get("GPG_KEY"):
+            if key:
                 written.append(_sign(package, key, epoch))
     return written
 
@@ -70,12 +67,9 @@ def helm_program(source: Path) -> Path:
     return Path(run(command, cwd=source / "tests/cluster/helm").strip())
 
 
-def _run(helm: Path, *arguments: object) -> None:
+def _run(helm: Path, *arguments: str | Path) -> None:
     with tempfile.TemporaryDirectory() as home:  # reads no settings of the user
-        env = os.environ | {"HOME": home}
-        done = subprocess.run([helm, *map(str, arguments)], env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise ReleaseError(f"helm {arguments[0]}: {done.stdout}{done.stderr}")
+        run((helm, *arguments), cwd=Path.cwd(), env=os.environ | {"HOME": home})
 
 
 def _set_version(file: Path, version: str) -> None:
@@ -85,20 +79,6 @@ def _set_version(file: Path, version: str) -> None:
     if count != 2:
         raise ReleaseError(f"{file}: not one version and one appVersion")
     file.write_text(text)
-
-
-def _normalise(package: Path, target: Path, epoch: int) -> None:
-    """Copy a package with its entries sorted, owned by nobody, and of one time."""
-    plain = io.BytesIO()
-    with (
-        tarfile.open(package) as given,
-        tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as out,
-    ):
-        for entry in sorted(given.getmembers(), key=lambda each: each.name):
-            clean = tarfile.TarInfo(entry.name)
-            clean.size, clean.mode, clean.mtime = entry.size, 0o644, epoch
-            out.addfile(clean, given.extractfile(entry))
-    target.write_bytes(gzip.compress(plain.getvalue(), mtime=epoch))
 
 
 def _sign(package: Path, key: str, epoch: int) -> Path:
@@ -111,19 +91,14 @@ def _sign(package: Path, key: str, epoch: int) -> Path:
         metadata = entries.extractfile(f"{entries.getnames()[0].split('/')[0]}/Chart.yaml")
         assert metadata is not None
         text = metadata.read().decode()
-    digest = hashlib.sha256(package.read_bytes()).hexdigest()
-    signed = subprocess.run(
-        [
-            *("gpg", "--batch", "--yes", "--local-user", key, "--digest-algo", "SHA512"),
-            *("--faked-system-time", f"{epoch}!", "--ignore-time-conflict", "--clear-sign"),
-        ],
-        input=f"{text}\n...\nfiles:\n  {package.name}: sha256:{digest}\n".encode(),
-        stdout=subprocess.PIPE,
-        check=True,
-    ).stdout
-    provenance = package.with_name(f"{package.name}.prov")
-    provenance.write_bytes(signed)
-    return provenance
+    options = (
+        *("--digest-algo", "SHA512", "--faked-system-time", f"{epoch}!"),
+        *("--ignore-time-conflict", "--clear-sign"),
+    )
+    with tempfile.TemporaryDirectory() as name:
+        plain = Path(name) / "provenance"
+        plain.write_text(f"{text}\n...\nfiles:\n  {package.name}: sha256:{sha256(package)}\n")
+        return checksums.sign(plain, package.with_name(f"{package.name}.prov"), key, *options)
 
 
 # -- a chart's README ----------------------------------------------------------------------------
@@ -150,36 +125,31 @@ def _cell(default: str) -> str:
 
 def parameters(text: str) -> Iterator[tuple[str, str, str]]:
     """Each key that has a comment: its path, its default (empty for sections), the comment."""
-    path: list[tuple[int, str]] = []
-    comment: list[str] = []
-    for line in text.splitlines():
-        stripped = line.strip()
-        if stripped.startswith("#"):
-            words = stripped.lstrip("#").removeprefix(" ")
-            if not words.startswith((" ", "- ")):  # those are examples
-                comment.append(words)
-            continue
-        found = _KEY.fullmatch(line)
-        if found is None:
-            comment = []
-            continue
-        indent, key, rest = len(found[1]), found[2].strip('"'), found[3] or ""
-        path = [*(part for part in path if part[0] < indent), (indent, key)]
-        default, _, remark = rest.partition(" #") if not rest.startswith("#") else ("", "", rest)
-        words = " ".join([*comment, remark.strip("# ")]).strip()
-        comment = []
-        default = default.strip()
-        if words and "====" not in words and "-----" not in words:
-            if len(default) > VALUE_MAX_CHARACTERS:
+    node = yaml.compose(text)
+    assert isinstance(node, yaml.MappingNode)
+    return _parameters(text, text.splitlines(), node, "")
+
+
+def _parameters(
+    text: str, lines: Sequence[str], section: yaml.MappingNode, parent: str
+) -> Iterator[tuple[str, str, str]]:
+    for key, value in section.value:
+        path = f"{parent}{key.value}"
+        nested = isinstance(value, yaml.CollectionNode) and not value.flow_style
+        if words := comment(lines, key.start_mark.line):
+            default = "" if nested else text[value.start_mark.index : value.end_mark.index]
+            if len(default) > VALUE_MAX_CHARACTERS or "\n" in default:
                 default = "…"
-            yield ".".join(each for _, each in path), default, words.replace("|", "\\|")
+            yield path, default, words.replace("|", "\\|")
+        if nested and isinstance(value, yaml.MappingNode):
+            yield from _parameters(text, lines, value, f"{path}.")
 
 
 def main(version: str, folder: str) -> None:
     """Package the charts of this checkout into ``folder``."""
     source = Path(__file__).resolve().parent.parent
     epoch = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
-    for path in build(source, version, epoch, Path(folder)):
+    for path in build(source, version, epoch, Path(folder), os.environ.get("GPG_KEY")):
         print(path)
 
 

@@ -5,30 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 
 from release.errors import ReleaseError
-from release.files import run, sha256
+from release.files import hashes, run, unequal
 
 NAME = "SHA256SUMS"
 SIGNATURE = f"{NAME}.asc"
 
 
-def files(out: Path) -> list[Path]:
-    """Return the files that the list names: all but the list and its signature."""
-    names = (path for path in out.rglob("*") if path.is_file())
-    return sorted(path for path in names if path.name not in (NAME, SIGNATURE))
+def _hashes(out: Path) -> dict[str, str]:
+    """Map the files that the list names, all but the list and its signature, to their SHA-256."""
+    return {name: each for name, each in hashes(out).items() if name not in (NAME, SIGNATURE)}
 
 
 def build(out: Path, key: str | None = None) -> list[Path]:
     """Write the list, and sign it if `key` names a secret key of GnuPG."""
     target = out / NAME
-    target.write_text(
-        "".join(f"{sha256(path)}  {path.relative_to(out).as_posix()}\n" for path in files(out))
-    )
+    lines = (f"{digest}  {name}\n" for name, digest in sorted(_hashes(out).items()))
+    target.write_text("".join(lines))
     if not key:
         return [target]
-    signature = out / SIGNATURE
-    signing = ("gpg", "--batch", "--yes", "--local-user", key, "--armor", "--detach-sign")
-    run((*signing, "--output", signature, target), cwd=out)
-    return [target, signature]
+    return [target, sign(target, out / SIGNATURE, key, "--armor", "--detach-sign")]
+
+
+def sign(source: Path, target: Path, key: str, *options: str) -> Path:
+    """Let GnuPG sign `source` with the secret key `key`; `options` say what it writes to `target`.
+
+    Returns `target`.
+    """
+    signing = ("gpg", "--batch", "--yes", "--local-user", key)
+    run((*signing, "--output", target, *options, source), cwd=Path.cwd())
+    return target
 
 
 def keyring(key: str, target: Path) -> Path:
@@ -44,11 +49,7 @@ def check(out: Path, *, signature: bool = True) -> None:
     """
     lines = (line.split("  ", 1) for line in (out / NAME).read_text().splitlines())
     listed = {name: digest for digest, name in lines}
-    found = {path.relative_to(out).as_posix(): sha256(path) for path in files(out)}
-    wrong = sorted(
-        name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name)
-    )
-    if wrong:
+    if wrong := unequal(listed, _hashes(out)):
         raise ReleaseError(f"{NAME} does not match: {', '.join(wrong)}")
     if signature and (out / SIGNATURE).exists():
         run(("gpg", "--batch", "--verify", out / SIGNATURE, out / NAME), cwd=out)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack an archive that this package, or a tool that it runs, has made."""
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+
+
 def write_tar_gz(source: Path, target: Path, prefix: str, epoch: int) -> None:
     """Pack the files below `source` under the folder `prefix`.
 
@@ -78,15 +85,28 @@ def write_tar_gz(source: Path, target: Path, prefix: str, epoch: int) -> None:
                 archive.addfile(entry, file)
 
 
+def repack(archive: Path, target: Path, epoch: int) -> None:
+    """Pack an archive of one folder again, without the traces of the machine that made it."""
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(archive, Path(folder))
+        (root,) = Path(folder).iterdir()
+        write_tar_gz(root, target, root.name, epoch)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Map the relative paths of the files below a folder to their SHA-256."""
+    return {
+        path.relative_to(folder).as_posix(): sha256(path)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def unequal(left: Mapping[str, str], right: Mapping[str, str]) -> list[str]:
+    """Return the names whose values differ, or that only one of two mappings has."""
+    return sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
+
+
 def differences(one: Path, other: Path) -> list[str]:
     """Return the relative paths of files that differ, or that only one of two folders has."""
-
-    def hashes(folder: Path) -> dict[str, str]:
-        return {
-            path.relative_to(folder).as_posix(): sha256(path)
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
-
-    left, right = hashes(one), hashes(other)
-    return sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
+    return unequal(hashes(one), hashes(other))

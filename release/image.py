@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -25,7 +24,9 @@ from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
 
 from release import rootfs, sbom
+from release.architectures import ARCHITECTURES, Architecture
 from release.errors import ReleaseError
+from release.files import run, unpack
 from release.oci import Layout
 
 REGCTL = "github.com/regclient/regclient/cmd/regctl@v0.11.7"
@@ -53,23 +54,30 @@ def build(source: Path, version: str, epoch: int, out: Path, wheels: Sequence[Pa
     written = []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        archives = {}
-        for oci in sorted({*chosen, rootfs.machine().oci}):
-            archives[oci] = work / f"{oci}.tar"
-            rootfs.download(rootfs.ARCHITECTURES[oci], archives[oci])
+        archives = rootfs.download([ARCHITECTURES[oci] for oci in chosen], work)
         layout = Writer(work / "layout", version, epoch, build_regctl(work))
         for oci, wheel in sorted(chosen.items()):
-            architecture = rootfs.ARCHITECTURES[oci]
             folder = work / oci
-            layers = rootfs.build(archives, wheel.resolve(), architecture, folder)
+            layers = rootfs.build(archives, wheel.resolve(), ARCHITECTURES[oci], folder)
             layout.add(oci, layers)
             rootfs.merge(layers, folder / "root")
             written.append(sbom.write_image(folder / "root", version, epoch, out, oci))
             shutil.rmtree(folder)
         layout.finish(sorted(chosen))
-        target = out / f"kubeai-{version}-image.tar"
+        target = packed(version, out)
         archive_folder(layout.folder, target, epoch)
     return [target, *written]
+
+
+def packed(version: str, out: Path) -> Path:
+    """Where the release in ``out`` has the layout, as a tar."""
+    return out / f"kubeai-{version}-image.tar"
+
+
+def unpacked(version: str, out: Path, folder: Path) -> Layout:
+    """The layout of the release in ``out``, unpacked to ``folder``."""
+    unpack(packed(version, out), folder)
+    return Layout(folder)
 
 
 def check(version: str, out: Path) -> None:
@@ -78,9 +86,7 @@ def check(version: str, out: Path) -> None:
     The last two for architectures that this machine cannot run, too.
     """
     with tempfile.TemporaryDirectory() as name:
-        with tarfile.open(out / f"kubeai-{version}-image.tar") as archive:
-            archive.extractall(Path(name) / "layout", filter="data")
-        layout = Layout(Path(name) / "layout")
+        layout = unpacked(version, out, Path(name) / "layout")
         if layout.tag != version:
             raise ReleaseError(f"image: tagged {layout.tag}, not {version}")
         for oci in layout.architectures:
@@ -90,10 +96,10 @@ def check(version: str, out: Path) -> None:
                 raise ReleaseError(f"image: the user is not {rootfs.USER}")
             if shells := [each for each in SHELLS if (root / "usr/bin" / each).exists()]:
                 raise ReleaseError(f"image: contains {', '.join(shells)}")
-            _check_libraries(root, rootfs.ARCHITECTURES[oci])
+            _check_libraries(root, ARCHITECTURES[oci])
 
 
-def _check_libraries(root: Path, architecture: rootfs.Architecture) -> None:
+def _check_libraries(root: Path, architecture: Architecture) -> None:
     """Check that programs and libraries are of the architecture, and have what they link to."""
     there = {path.name for path in root.rglob("*.so*")}
     for path in [root / f"usr/bin/python{rootfs.PYTHON}", *sorted(root.rglob("*.so*"))]:
@@ -115,7 +121,7 @@ def _check_libraries(root: Path, architecture: rootfs.Architecture) -> None:
 def _wheels(wheels: Sequence[Path]) -> Iterator[tuple[str, Path]]:
     tag = f"-cp{rootfs.PYTHON.replace('.', '')}-"
     for wheel in wheels:
-        for each in rootfs.ARCHITECTURES.values():
+        for each in ARCHITECTURES.values():
             if tag in wheel.name and wheel.stem.endswith(f"_{each.machine}"):
                 yield each.oci, wheel
 
@@ -123,7 +129,7 @@ def _wheels(wheels: Sequence[Path]) -> Iterator[tuple[str, Path]]:
 def build_regctl(folder: Path) -> Path:
     """Build regctl with Go, which takes a second if Go has built it before."""
     env = os.environ | {"GOBIN": str(folder), "GOFLAGS": "-mod=mod"}
-    subprocess.run(["go", "install", REGCTL], check=True, env=env, cwd=folder)
+    run(("go", "install", REGCTL), cwd=folder, env=env)
     return folder / "regctl"
 
 
@@ -186,7 +192,7 @@ class Writer:
 
     def _run(self, *arguments: str) -> None:
         env = os.environ | {"HOME": str(self.folder.parent)}  # reads no settings of the user
-        subprocess.run([self._program, *arguments], check=True, env=env, stdout=subprocess.DEVNULL)
+        run((self._program, *arguments), cwd=self.folder.parent, env=env)
 
 
 def archive_folder(folder: Path, archive: Path, epoch: int) -> None:

@@ -18,11 +18,12 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection, GNUVerSymSection
 from elftools.elf.sections import SymbolTableSection
 
+from release.architectures import ARCHITECTURES, GLIBC
 from release.errors import ReleaseError
 from release.files import run
-from release.wheels import GLIBC, Target
+from release.wheels import Target
 
-MACHINES = {"x86_64": "EM_X86_64", "aarch64": "EM_AARCH64"}
+MACHINES = {each.machine: each.elf for each in ARCHITECTURES.values()}
 LIBRARIES = {  # of glibc, which every Linux has that the tag names
     *("libc.so.6", "libm.so.6", "libpthread.so.0", "librt.so.1", "libdl.so.2"),
     *("ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"),

@@ -24,13 +24,13 @@ from release import (
     image,
     inspection,
     notes,
-    rootfs,
     sbom,
     sdist,
     trial,
     versions,
     wheels,
 )
+from release.architectures import ARCHITECTURES, GLIBC
 from release.errors import ReleaseError
 from release.files import differences, run
 from release.versions import Version
@@ -40,7 +40,7 @@ TOOLS = ("setuptools", "cython", "wheel", "ziglang", "auditwheel", "cyclonedx-py
 PROGRAMS = (  # that make the image's bytes
     ("go", "version"),
     ("mmdebstrap", "--version"),
-    *((each.strip, "--version") for each in rootfs.ARCHITECTURES.values()),
+    *((each.strip, "--version") for each in ARCHITECTURES.values()),
 )
 # Where the second build differs from the first one. None of it may reach an artefact.
 OTHERWISE = {
@@ -117,7 +117,7 @@ def _build(clone: Path, plan: Plan, epoch: int, head: str) -> None:
             image.build(clone, str(version), epoch, out, made)
     if "charts" in plan.parts:
         with plan.step("charts"):
-            charts.build(clone, str(version), epoch, out)
+            charts.build(clone, str(version), epoch, out, plan.key)
 
 
 def _check(clone: Path, plan: Plan) -> None:
@@ -161,7 +161,7 @@ def info(plan: Plan, epoch: int, head: str) -> dict[str, Any]:
             for command in (PROGRAMS if "image" in plan.parts else ())
         },
         "headers": {python: headers.release(python) for python in plan.pythons},
-        "glibc": ".".join(map(str, wheels.GLIBC)),
+        "glibc": ".".join(map(str, GLIBC)),
     }
 
 

@@ -7,14 +7,12 @@ before, with ``docker login``: regctl and Helm, which push, read Docker's file o
 
 from __future__ import annotations
 
-import tarfile
 import tempfile
 from pathlib import Path
 
 from release import charts, checksums, image
 from release.errors import ReleaseError
 from release.files import run
-from release.oci import Layout
 from release.versions import Version
 
 
@@ -25,8 +23,7 @@ def push_image(version: Version, out: Path, repository: str, *, plain_http: bool
     """
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        with tarfile.open(out / f"kubeai-{version}-image.tar") as archive:
-            archive.extractall(work / "layout", filter="data")
+        layout = image.unpacked(str(version), out, work / "layout")
         host = repository.partition("/")[0]
         options = ("--host", f"reg={host},tls=disabled") if plain_http else ()
         regctl = image.build_regctl(work)
@@ -36,9 +33,11 @@ def push_image(version: Version, out: Path, repository: str, *, plain_http: bool
             cwd=work,
         )
         pushed = run((regctl, *options, "image", "digest", target), cwd=work).strip()
-        if pushed != (digest := Layout(work / "layout").digest):
-            raise ReleaseError(f"{target} has the digest {pushed}, but the release has {digest}")
-        return f"{repository}@{digest}"
+        if pushed != layout.digest:
+            raise ReleaseError(
+                f"{target} has the digest {pushed}, but the release has {layout.digest}"
+            )
+        return f"{repository}@{layout.digest}"
 
 
 def push_charts(

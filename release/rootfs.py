@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import csv
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from release.architectures import ARCHITECTURES, Architecture, machine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SUITE = "trixie"
@@ -37,41 +37,6 @@ PROGRAMS = {
     "usr/local/bin/load": 'sys.argv[:1] = ["kubeai", "load"]\n',
 }
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """An architecture, as OCI, Linux and the wheels' tags call it."""
-
-    oci: str  # also Debian's name
-    machine: str
-    elf: str
-    loader: str
-
-    @property
-    def platform(self) -> str:
-        """What uv resolves wheels for: glibc 2.28 or later, like KubeAI's own wheels."""
-        return f"{self.machine}-manylinux_2_28"
-
-    @property
-    def platform_tag(self) -> str:
-        """The platform in the names of KubeAI's wheels."""
-        return f"manylinux_2_28_{self.machine}"
-
-    @property
-    def libraries(self) -> str:
-        """Where Debian has the shared libraries."""
-        return f"usr/lib/{self.machine}-linux-gnu"
-
-    @property
-    def strip(self) -> str:
-        """The program that removes symbols, of Debian's binutils."""
-        return f"{self.machine}-linux-gnu-strip"
-
-
-ARCHITECTURES = {
-    "amd64": Architecture("amd64", "x86_64", "EM_X86_64", "lib64/ld-linux-x86-64.so.2"),
-    "arm64": Architecture("arm64", "aarch64", "EM_AARCH64", "lib/ld-linux-aarch64.so.1"),
-}
 
 # -- the layer of Debian's packages --------------------------------------------------------------
 
@@ -129,8 +94,20 @@ _RECORD_PACKAGES = (  # one line, or mmdebstrap warns
 )
 
 
-def download(architecture: Architecture, archive: Path) -> None:
-    """Make a tar of Debian's packages for :func:`debian`.
+def download(architectures: Iterable[Architecture], folder: Path) -> dict[str, Path]:
+    """Make tars of Debian's packages for :func:`build`, and map the architectures' names to them.
+
+    One for this machine's architecture is always among them: its Python compiles.
+    """
+    archives = {}
+    for each in sorted({*architectures, machine()}, key=lambda one: one.oci):
+        archives[each.oci] = folder / f"{each.oci}.tar"
+        _download(each, archives[each.oci])
+    return archives
+
+
+def _download(architecture: Architecture, archive: Path) -> None:
+    """Make a tar of an architecture's packages for :func:`debian`.
 
     $DEBIAN_MIRROR: where from, such as a snapshot that has the packages of a former release.
     """
@@ -284,17 +261,12 @@ def _compile(python: Sequence[str], layer: Path, folder: Path, *options: str) ->
 # -- all layers ----------------------------------------------------------------------------------
 
 
-def machine() -> Architecture:
-    """This machine's architecture."""
-    return next(each for each in ARCHITECTURES.values() if each.machine == platform.machine())
-
-
 def build(
     archives: dict[str, Path], wheel: Path, architecture: Architecture, folder: Path
 ) -> list[Path]:
     """Make the layers in ``folder``, which is empty or missing.
 
-    ``archives``: what :func:`download` made, by architecture, for this machine's as well.
+    ``archives``: what :func:`download` made.
     """
     layers = [folder / name for name in LAYERS]
     for layer in layers:
@@ -344,10 +316,7 @@ def main(folder: str, wheel: str, architecture: str = "") -> None:
     """Make the layers of one architecture, this machine's by default."""
     chosen = ARCHITECTURES[architecture] if architecture else machine()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    archives = {}
-    for each in {chosen, machine()}:
-        archives[each.oci] = Path(folder) / f"{each.oci}.tar"
-        download(each, archives[each.oci])
+    archives = download([chosen], Path(folder))
     build(archives, Path(wheel).resolve(), chosen, Path(folder))
     for archive in archives.values():
         archive.unlink()

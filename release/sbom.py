@@ -32,10 +32,10 @@ from packageurl import PackageURL
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
+from release.architectures import GLIBC
 from release.errors import ReleaseError
 from release.files import environment, run, sha256
 from release.versions import Version
-from release.wheels import GLIBC
 
 SCHEMA = SchemaVersion.V1_6
 DISTRIBUTION = "kubeai-gateway"

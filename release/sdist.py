@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
-from release.files import environment, run, write_tar_gz
+from release.files import environment, repack, run
 from release.versions import Version
 
 BACKEND = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
@@ -22,14 +21,6 @@ def build(source: Path, version: Version, epoch: int, out: Path) -> list[Path]:
         env = environment(epoch, KUBEAI_VERSION=version.python)
         run((sys.executable, "-c", BACKEND, scratch), cwd=scratch / "tree", env=env)
         (made,) = scratch.glob("*.tar.gz")
-        unpack(made, scratch / "unpacked")
-        (root,) = (scratch / "unpacked").iterdir()
         target = out / made.name
-        write_tar_gz(root, target, root.name, epoch)
+        repack(made, target, epoch)
     return [target]
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack an archive that this package has made."""
-    with tarfile.open(archive) as opened:
-        opened.extractall(folder, filter="data")

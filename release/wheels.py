@@ -21,14 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from release import headers, sdist
+from release import architectures, headers
+from release.architectures import GLIBC, MANYLINUX
 from release.errors import ReleaseError
-from release.files import environment, run
+from release.files import environment, run, unpack
 from release.versions import Version
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-ARCHITECTURES = ("x86_64", "aarch64")
-GLIBC = (2, 28)
+ARCHITECTURES = tuple(each.machine for each in architectures.ARCHITECTURES.values())
 # Cython's code relies on wrapping integers and on no strict aliasing, like CPython itself.
 FLAGS = ("-g0", "-DNDEBUG", "-fwrapv", "-fPIC", "-shared", "-s")
 TRANSLATE = """
@@ -53,7 +53,7 @@ class Target:
     @property
     def platform(self) -> str:
         """The platform tag."""
-        return f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{self.architecture}"
+        return f"{MANYLINUX}_{self.architecture}"
 
     @property
     def tag(self) -> str:
@@ -94,10 +94,10 @@ def zig() -> str:
 
 
 def targets(
-    pythons: Iterable[str] = PYTHONS, architectures: Iterable[str] = ARCHITECTURES
+    pythons: Iterable[str] = PYTHONS, machines: Iterable[str] = ARCHITECTURES
 ) -> list[Target]:
     """Return all combinations."""
-    return [Target(python, each) for python in pythons for each in architectures]
+    return [Target(python, each) for python in pythons for each in machines]
 
 
 def build(
@@ -106,7 +106,7 @@ def build(
     """Build the wheels of `wanted` from the source distribution `source`."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        sdist.unpack(source, scratch / "sdist")
+        unpack(source, scratch / "sdist")
         (tree,) = (scratch / "sdist").iterdir()
         env = environment(
             epoch,

@@ -1,20 +1,24 @@
 """docs/reference/helm-values.md, from the comments in values.yaml and the types in the schema.
 
-A value is described by the comment lines directly above it, or by the comment at the end of its
-line. The generator fails for a value without either. Not helm-docs: it does not read the schema,
-which has the types, and would be the only program in Go among the checks.
+release/values.py reads the comments. The generator fails for a value without one. Not helm-docs: it
+does not read the schema, which has the types, and would be the only program in Go among the checks.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from tables import cell, code, table
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from release.values import comment, heading
 
 CHARTS = Path(__file__).resolve().parents[2] / "charts"
 # Sections of the system config, which configuration.md describes; the chart passes them on.
@@ -82,11 +86,10 @@ def sections(text: str, schema: dict[str, Any]) -> Iterator[tuple[str, list[Row]
     title = "The Model type"
     rows: list[Row] = []
     for key, value in node.value:
-        for line in _above(lines, key.start_mark.line):
-            if found := re.match(r"# == (.*?) -*$", line):
-                if rows:
-                    yield title, rows
-                title, rows = found[1], []
+        if found := heading(lines, key.start_mark.line):
+            if rows:
+                yield title, rows
+            title, rows = found, []
         rows += _rows(lines, key, value, schema["properties"][key.value], values[key.value], "")
     yield title, rows
 
@@ -101,7 +104,7 @@ def _rows(
 ) -> Iterator[Row]:
     name, line = str(key.value), key.start_mark.line
     path = f"{parent}{name}"
-    what = _comment(lines, line)
+    what = comment(lines, line)
     known = schema.get("properties", {})
     if isinstance(node, yaml.MappingNode) and node.value and known and parent.count(".") < 3:
         if what:
@@ -114,28 +117,6 @@ def _rows(
     if not what:
         raise SystemExit(f"values.yaml:{line + 1}: {path} has no comment that describes it")
     yield Row(path, schema, value, what)
-
-
-def _above(lines: list[str], line: int) -> list[str]:
-    """The comment lines directly above a line, with the same indentation."""
-    indent = len(lines[line]) - len(lines[line].lstrip())
-    found: list[str] = []
-    for text in reversed(lines[:line]):
-        if not text.startswith(" " * indent + "#"):
-            break
-        found.insert(0, text.strip())
-    return found
-
-
-def _comment(lines: list[str], line: int) -> str:
-    above = [text for text in _above(lines, line) if not text.startswith("# ==")]
-    # An example that is commented out belongs to the value before it.
-    while above and re.match(r"#\s+(- |[\w.-]+: )", above[0]):
-        above.pop(0)
-    words = [text.removeprefix("#").strip() for text in above]
-    if not words and (found := re.search(r"\s# (.*)$", lines[line])):
-        words = [found[1]]
-    return " ".join(words)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

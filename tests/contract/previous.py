@@ -1,6 +1,6 @@
 """The previous version of KubeAI: its program and its chart, from this repository's history.
 
-It is the newest release before this commit. While there is none, it is a commit at least
+It is the last release, as of `make compatibility`. While there is none, it is a commit at least
 :data:`AGE_MIN` commits old, one in every :data:`EVERY`, so that it rarely changes. PREVIOUS names
 another tag or commit. What is built is kept in ``~/.cache/kubeai-previous``, by commit and Python.
 """
@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 from repository import REPOSITORY
 
+from release import versions
+
 AGE_MIN, EVERY = 20, 25
-NEWEST_TAG = ("describe", "--tags", "--abbrev=0", "--match", "v[0-9]*.[0-9]*.[0-9]*", "HEAD~1")
 BUILD_TIMEOUT_S = 900
 WHEEL = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 PROGRAM = "kubeai-previous"
@@ -37,9 +38,11 @@ def _git(*arguments: str) -> bytes:
 
 def commit() -> str:
     """The previous version's commit; empty if the history is too short, as in a shallow clone."""
-    tag = os.environ.get("PREVIOUS") or _git(*NEWEST_TAG).decode().strip()
-    if tag:
-        return _git("rev-parse", f"{tag}^{{commit}}").decode().strip()
+    name = os.environ.get("PREVIOUS")
+    if not name and (released := versions.latest(REPOSITORY)):
+        name = f"v{released}"
+    if name:
+        return _git("rev-parse", f"{name}^{{commit}}").decode().strip()
     count = int(_git("rev-list", "--first-parent", "--count", "HEAD") or 0)
     back = AGE_MIN + (count - AGE_MIN) % EVERY
     listed = _git("rev-list", "--first-parent", f"--skip={back}", "--max-count=1", "HEAD")

@@ -35,7 +35,7 @@ import kubeai
 import release.image
 from kubeai.kube.resources import MODELS, SECRETS
 from kubeai.loading.staging import MARK
-from release import charts, rootfs
+from release import architectures, charts, rootfs, wheels
 from release.oci import Layout
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(900)]
@@ -77,21 +77,20 @@ def layout(stages, tmp_path_factory) -> Layout:
     """The layout that a release has, with the wheel that the Dockerfile has compiled."""
     out = tmp_path_factory.mktemp("out")
     (wheel,) = stages["build"].root.glob("wheels/*.whl")
-    machine = rootfs.machine()
-    named = out / wheel.name.replace(f"linux_{machine.machine}", machine.platform_tag)
+    machine = architectures.machine().machine
+    target = wheels.Target(rootfs.PYTHON, machine)
+    named = out / wheel.name.replace(f"linux_{machine}", target.platform)
     shutil.copy(wheel, named)
     release.image.build(REPOSITORY, VERSION, EPOCH, out, [named])
     release.image.check(VERSION, out)
-    with tarfile.open(out / f"kubeai-{VERSION}-image.tar") as archive:
-        archive.extractall(out / "layout", filter="data")
-    return Layout(out / "layout")
+    return release.image.unpacked(VERSION, out, out / "layout")
 
 
 @pytest.fixture(scope="module")
 def image(layout, tmp_path_factory) -> Image:
     root = tmp_path_factory.mktemp("image") / "root"
     root.mkdir(mode=0o755)
-    return unpack(layout, rootfs.machine().oci, root)
+    return unpack(layout, architectures.machine().oci, root)
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -129,7 +128,7 @@ def test_the_dockerfile_and_the_layout_have_the_same_contents_and_settings(stage
 
 
 def test_the_layers_have_no_times_or_owners_of_the_machine_that_made_them(layout):
-    machine = rootfs.machine().oci
+    machine = architectures.machine().oci
     for layer in layout.manifest(machine)["layers"]:
         with tarfile.open(fileobj=io.BytesIO(layout.blob(layer))) as files:
             assert {(f.mtime, f.uid, f.gid, f.uname) for f in files} == {(0, 0, 0, "")}

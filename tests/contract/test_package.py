@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -24,7 +23,6 @@ from release import sdist as release_sdist
 from release.errors import ReleaseError
 
 pytestmark = [pytest.mark.package, pytest.mark.timeout(600)]
-BACKEND = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 BUILT = (".c", ".so", ".html")
 VERSION = versions.parse("1.2.3")
 EPOCH = 1_700_000_000
@@ -32,7 +30,7 @@ HERE = wheels.Target(f"{sys.version_info[0]}.{sys.version_info[1]}", os.uname().
 
 
 def build_sdist(source: Path, target: Path) -> Path:
-    command = (sys.executable, "-c", BACKEND, str(target))
+    command = (sys.executable, "-c", release_sdist.BACKEND, str(target))
     env = os.environ | {"KUBEAI_VERSION": kubeai.__version__}
     done = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -47,8 +45,7 @@ def sdist(tmp_path_factory) -> Path:
         tmp_path_factory.mktemp(name) for name in ("tree", "made", "sdist")
     )
     check_out(checkout)
-    with tarfile.open(build_sdist(checkout, target)) as archive:
-        archive.extractall(unpacked, filter="data")
+    files.unpack(build_sdist(checkout, target), unpacked)
     (folder,) = unpacked.iterdir()
     return folder
 

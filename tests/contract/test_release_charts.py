@@ -32,7 +32,6 @@ def key(monkeypatch) -> Iterator[str]:
     monkeypatch.setenv("GNUPGHOME", str(home))
     name = "release@example.com"
     _gpg("--quick-generate-key", "--passphrase", "", name, "rsa3072", "sign")
-    monkeypatch.setenv("GPG_KEY", name)
     yield name
     subprocess.run(["gpgconf", "--kill", "gpg-agent"], check=False)
     shutil.rmtree(home)
@@ -42,9 +41,9 @@ def _gpg(*arguments: str) -> bytes:
     return subprocess.run(["gpg", "--batch", "--quiet", *arguments], stdout=-1, check=True).stdout
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, key: str | None = None) -> Path:
     folder.mkdir()
-    charts.build(REPOSITORY, VERSION, EPOCH, folder)
+    charts.build(REPOSITORY, VERSION, EPOCH, folder, key)
     return folder
 
 
@@ -72,7 +71,7 @@ def test_two_builds_are_the_same_bytes_whatever_the_surroundings(tmp_path, monke
 
 
 def test_signed_packages_verify_and_changed_ones_do_not(tmp_path, key):
-    out = build(tmp_path / "out")
+    out = build(tmp_path / "out", key)
     keyring = tmp_path / "keys.gpg"
     keyring.write_bytes(_gpg("--export", key))
     charts.check(VERSION, out, keyring)

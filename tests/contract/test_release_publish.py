@@ -69,7 +69,7 @@ def built(registry, tmp_path_factory) -> Path:
         (layer / "architecture").write_text(oci)
         writer.add(oci, [layer])
     writer.finish(ARCHITECTURES)
-    image.archive_folder(writer.folder, out / f"kubeai-{VERSION}-image.tar", EPOCH)
+    image.archive_folder(writer.folder, image.packed(str(VERSION), out), EPOCH)
     for package in charts.build(REPOSITORY, str(VERSION), EPOCH, out):
         package.with_name(f"{package.name}.prov").write_text(f"provenance of {package.name}")
     checksums.build(out)
