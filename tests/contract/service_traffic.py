@@ -239,21 +239,14 @@ class Traffic:
 
 async def _chat(client: openai.AsyncOpenAI, model: str, question: str) -> None:
     messages = [{"role": "user", "content": question}]
-    answer = await client.chat.completions.create(
-        model=model,
-        messages=messages,
-        max_tokens=8,
-    )
+    answer = await client.chat.completions.create(model=model, messages=messages, max_tokens=8)
     assert answer.choices[0].message.content
 
 
 async def _stream(client: openai.AsyncOpenAI, model: str, question: str) -> None:
     messages = [{"role": "user", "content": question}]
     chunks = await client.chat.completions.create(
-        model=model,
-        messages=messages,
-        max_tokens=64,
-        stream=True,
+        model=model, messages=messages, max_tokens=64, stream=True
     )
     reason = None
     async for chunk in chunks:
