@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import jsonschema_rs
-import msgspec
 import pytest
 import yaml
 from repository import REPOSITORY
@@ -24,6 +23,7 @@ from kubeai.api.config.system import SystemConfig, parse_config
 from kubeai.api.crd import model_crd
 from kubeai.api.model import API_VERSION, decode_model
 from kubeai.local import from_url
+from kubeai.local.apiserver.apply.patch import merge
 from kubeai.local.apiserver.schema.structural import Schema
 from kubeai.podspec import build_pod
 
@@ -99,27 +99,18 @@ VALUES = [block for block in BLOCKS if kind_of(block) in ("kubeai", "models")]
 CONFIGS = [block for block in BLOCKS if kind_of(block) == "config"]
 
 
-def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
-    """As Helm merges values: maps key by key."""
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            merge(into[key], value)
-        else:
-            into[key] = copy.deepcopy(value)
-
-
 @cache
 def config_of(page: str) -> SystemConfig:
-    """The system config: profiles of the chart, its cloud files, `kubeai local` and the page."""
-    merged: dict[str, Any] = {key: {} for key in PROFILES}
+    """The system config: profiles of the chart, its cloud files, `kubeai local` and the page.
+
+    Helm merges values as RFC 7386 merges JSON.
+    """
+    merged: dict[str, Any] = {}
     files = [defaults("values.yaml"), defaults("values-eks.yaml"), defaults("values-gke.yaml")]
     shown = [block.value for block in VALUES + CONFIGS if block.page == page]
     for values in files + shown:
-        for key in PROFILES:
-            merge(merged[key], values.get(key) or {})
-    config = parse_config(yaml.safe_dump(merged))
-    profiles = {from_url.GPU_PROFILE: from_url.ONE_GPU, **config.resource_profiles}
-    return msgspec.structs.replace(config, resource_profiles=profiles)
+        merged = merge(merged, {key: values[key] for key in PROFILES if values.get(key)})
+    return from_url.with_gpu_profile(parse_config(yaml.safe_dump(merged)))
 
 
 def test_the_pages_have_blocks_of_each_kind():
