@@ -130,6 +130,18 @@ def markdown_tokens(text: str) -> list[Token]:
     return MarkdownIt().use(front_matter_plugin).enable("table").disable("code").parse(text)
 
 
+def sections(name: str) -> dict[str, str]:
+    """The text of docs/<name> below each heading of the second level."""
+    parts = re.split(r"^## ", (DOCS / name).read_text(), flags=re.MULTILINE)[1:]
+    return dict(part.split("\n", 1) for part in parts)
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of each row of the tables in a text, with those of the heads and the rules."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
 def _front_matter(page: str, text: str) -> dict[str, Any]:
     try:
         front = yaml.safe_load(text)
