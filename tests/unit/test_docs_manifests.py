@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from typing import Any
 import jsonschema_rs
 import pytest
 import yaml
+from doc_pages import DOCS, language_and_title, markdown_tokens, page_names
 from repository import REPOSITORY
 
 from kubeai.api.config.system import SystemConfig, parse_config
@@ -27,9 +27,8 @@ from kubeai.local.apiserver.apply.patch import merge
 from kubeai.local.apiserver.schema.structural import Schema
 from kubeai.podspec import build_pod
 
-DOCS, CHARTS = REPOSITORY / "docs", REPOSITORY / "charts"
-FENCE = re.compile(r"^( *)```\{? ?\.?ya?ml\b([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-TITLE = re.compile(r'title="([^"]+)"')
+CHARTS = REPOSITORY / "charts"
+YAML = {"yaml", "yml"}
 MODEL = Schema(model_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
 # What a block that shows only a part of a spec is completed with.
 BASE = {"url": "hf://org/name", "engine": "VLLM", "features": ["TextGeneration"]}
@@ -63,17 +62,14 @@ def defaults(file: str) -> dict[str, Any]:
 
 def blocks() -> Iterator[Block]:
     """All YAML documents that are maps, of all pages."""
-    for path in sorted(DOCS.rglob("*.md")):
-        page = path.relative_to(REPOSITORY).as_posix()
-        text = path.read_text()
-        for found in FENCE.finditer(text):
-            indent, info, body = found.groups()
-            line = text.count("\n", 0, found.start()) + 1
-            body = re.sub(rf"^{indent}", "", body, flags=re.MULTILINE)
-            title = TITLE.search(info)
-            for value in yaml.safe_load_all(body):
+    for name in page_names():
+        for token in markdown_tokens((DOCS / name).read_text()):
+            if token.type != "fence" or token.map is None:
+                continue
+            language, title = language_and_title(token)
+            for value in yaml.safe_load_all(token.content) if language in YAML else ():
                 if isinstance(value, dict):
-                    yield Block(page, line, title[1] if title else "", value)
+                    yield Block(f"docs/{name}", token.map[0] + 1, title, value)
 
 
 def kind_of(block: Block) -> str:
