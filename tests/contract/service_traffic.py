@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 from harness import until
-from kubelets import is_ready
+from kubelets import is_serving
 
 from kubeai.kube.client import Kube
 from kubeai.kube.resources import PODS, SERVICES
@@ -77,11 +77,7 @@ class ServiceAddress:
 
     def _serves(self, pod: dict[str, Any]) -> bool:
         labels = pod["metadata"].get("labels", {}).items()
-        return (
-            self._selector <= labels
-            and is_ready(pod)
-            and "deletionTimestamp" not in pod["metadata"]
-        )
+        return self._selector <= labels and is_serving(pod)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

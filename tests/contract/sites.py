@@ -14,7 +14,7 @@ import pytest
 from fakes.hub import Hub, Repository
 from harness import until
 from helms import CHART, IMAGE, Helm
-from kubelets import Kubelet, is_ready
+from kubelets import Kubelet, is_ready, is_serving
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, node
 
 from kubeai.kube.client import Kube
@@ -161,7 +161,7 @@ class Site:
         return [
             f"{pod['status']['podIP']}:{port['containerPort']}"
             for pod in found
-            if is_ready(pod) and "deletionTimestamp" not in pod["metadata"]
+            if is_serving(pod)
             for port in pod["spec"]["containers"][0]["ports"]
             if port["name"] == target
         ]

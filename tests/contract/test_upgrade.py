@@ -18,7 +18,7 @@ from fakes.hub import Hub
 from fleets import Watched
 from harness import model, scrape, until
 from helms import CHART, IMAGE, config_of
-from kubelets import is_ready
+from kubelets import is_serving
 from servers import ApiServer
 from service_traffic import ServiceAddress, Traffic
 from sites import RELEASE, Site, hub_with_weights, release_cluster
@@ -72,8 +72,7 @@ class Upgrade(Site):
         return [
             pod
             for pod in pods
-            if is_ready(pod)
-            and "deletionTimestamp" not in pod["metadata"]
+            if is_serving(pod)
             and (pod["spec"]["containers"][0].get("command") == [previous.PROGRAM]) == of_previous
         ]
 
