@@ -39,7 +39,7 @@ run: build  ## run kubeai local with examples/; PORT=9000 ARGS="--workers 2"
 # Four processes on two cores, because many tests wait for child processes. By default, xdist begins
 # with the files with most tests, which are not those that take longest. Each process would compile all
 # tests where the environment sets PYTHONDONTWRITEBYTECODE, which takes 10 s or more of CPU.
-TESTS := tests -n 4 --dist loadfile --no-loadscope-reorder -rfE \
+TESTS := tests --ignore tests/docs -n 4 --dist loadfile --no-loadscope-reorder -rfE \
 	-m "not broker and not browser and not clients and not docs and not image and not package and not nginx \
 		and not slow and not upstream"
 

@@ -16,14 +16,13 @@ import argparse
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import plot_data
 from routing import STRATEGIES, Case, Run, measure
 
 from kubeai.simulation.traffic import Shape
 
-RESULTS = Path(__file__).parents[1] / "bench" / "results" / "shares.json"
+RESULTS = plot_data.RESULTS / "shares.json"
 PROMPT_TOKENS = 2_000
 REPLY_TOKENS = 150
 REQUESTS = 2_000
@@ -70,11 +69,7 @@ def main() -> int:
                     "share": float(one.label),
                     "per_s": run.case.per_s,
                     "strategy": one.strategy,
-                    "mean": one.mean,
-                    "p50": one.p50,
-                    "p99": one.p99,
-                    "hit_rate": one.hit_rate,
-                    "tokens_per_s": one.tokens_per_s,
+                    **{metric: getattr(one, metric) for metric in plot_data.METRICS},
                 }
             )
     RESULTS.write_text(json.dumps(figures, indent=1) + "\n")

@@ -38,7 +38,7 @@ def draw(path: Path, *, section: str, title: str, description: str) -> None:
         canvas.text((MARGIN, y), line, font=small, fill=TEXT)
         y += 48
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, optimize=True)
+    image.save(path)  # `optimize` would take four times as long, for 4 % fewer bytes
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, lines_max: int) -> list[str]:

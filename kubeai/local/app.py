@@ -219,8 +219,7 @@ def _load_config(path: Path | None) -> SystemConfig:
         raise ConfigError(
             "proxy.mode", "external is for clusters: `kubeai local` serves the requests itself"
         )
-    profiles = {from_url.GPU_PROFILE: from_url.ONE_GPU, **config.resource_profiles}
-    return msgspec.structs.replace(config, resource_profiles=profiles)
+    return from_url.with_gpu_profile(config)
 
 
 def _path() -> str:

@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from kubeai.api.config.system import ResourceProfile, SystemConfig
 from kubeai.api.model import API_VERSION, KIND, NAME_MAX_CHARS, Engine, Feature, decode_model
 from kubeai.api.model_url import ModelURL, Scheme, parse_url
@@ -21,7 +23,7 @@ from kubeai.local.engines import PROGRAMS, Found
 from kubeai.podspec import build_pod
 
 GPU_PROFILE, CPU_PROFILE = "nvidia-gpu", "cpu"
-# One GPU and nothing else. `kubeai local` adds this profile to the config's.
+# One GPU and nothing else.
 ONE_GPU = ResourceProfile(
     image_name="nvidia-gpu",
     requests={"nvidia.com/gpu": "1"},
@@ -51,6 +53,12 @@ _TARGET_REQUESTS: dict[Engine, int] = {
 _TARGET_GPU, _TARGET_CPU = 32, 8  # of vLLM and SGLang
 _VLLM_AUTO_LENGTH = (0, 14)  # the first version that fits the context length to its memory
 _CACHED: tuple[Scheme, ...] = ("gs", "oss")
+
+
+def with_gpu_profile(config: SystemConfig) -> SystemConfig:
+    """The config of `kubeai local`: with a profile of one GPU, unless it has its own."""
+    profiles = {GPU_PROFILE: ONE_GPU, **config.resource_profiles}
+    return msgspec.structs.replace(config, resource_profiles=profiles)
 
 
 class Draft(NamedTuple):

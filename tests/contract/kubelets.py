@@ -192,3 +192,8 @@ def restarts_of(pod) -> int:
 def is_ready(pod) -> bool:
     conditions = pod["status"].get("conditions", ())
     return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+
+def is_serving(pod) -> bool:
+    """Whether a Service that selects the pod leads to it."""
+    return is_ready(pod) and "deletionTimestamp" not in pod["metadata"]

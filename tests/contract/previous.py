@@ -7,7 +7,6 @@ another tag or commit. What is built is kept in ``~/.cache/kubeai-previous``, by
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import shutil
@@ -15,9 +14,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+from caches import made_once
 from repository import REPOSITORY
 
 from release import versions
@@ -54,25 +55,17 @@ def build() -> Path:
     wanted = commit()
     if not wanted:
         pytest.skip("the history is too short to hold a previous version")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kubeai-previous"
-    folder = cache / f"{wanted[:16]}-{sys.implementation.cache_tag}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "lock").open("w") as lock:  # two runs at once build once
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            partial = cache / "new"
-            shutil.rmtree(partial, ignore_errors=True)
-            _make(wanted, partial)
-            partial.rename(folder)
-        program = folder / PROGRAM
-        program.write_text(SCRIPT.format(packages=folder / "packages", python=sys.executable))
-        program.chmod(0o755)
+    key = f"{wanted[:16]}-{sys.implementation.cache_tag}"
+    folder = made_once("kubeai-previous", key, partial(_make, wanted))
+    program = folder / PROGRAM
+    program.write_text(SCRIPT.format(packages=folder / "packages", python=sys.executable))
+    program.chmod(0o755)
     return folder
 
 
 def _make(wanted: str, folder: Path) -> None:
     source, made = folder / "source", folder / "wheel"
-    made.mkdir(parents=True)
+    made.mkdir()
     with tarfile.open(fileobj=io.BytesIO(_git("archive", wanted))) as archive:
         archive.extractall(source, filter="data")
     done = subprocess.run(

@@ -391,15 +391,20 @@ def running(log: Path, *command: str):
         program.stop()
 
 
-def wait_until(true: Callable[[], bool], what: str, log: Path | None = None) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def wait_until(
+    true: Callable[[], bool],
+    what: str,
+    log: Path | None = None,
+    timeout_s: float = START_TIMEOUT_S,
+) -> None:
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             if true():
                 return
         time.sleep(0.05)
     said = log.read_text()[-2000:] if log is not None else ""
-    raise AssertionError(f"not within {START_TIMEOUT_S} s: {what}; {said}")
+    raise AssertionError(f"not within {timeout_s} s: {what}; {said}")
 
 
 def install_models(server: ApiServer) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 from harness import until
-from kubelets import is_ready
+from kubelets import is_serving
 
 from kubeai.kube.client import Kube
 from kubeai.kube.resources import PODS, SERVICES
@@ -77,11 +77,7 @@ class ServiceAddress:
 
     def _serves(self, pod: dict[str, Any]) -> bool:
         labels = pod["metadata"].get("labels", {}).items()
-        return (
-            self._selector <= labels
-            and is_ready(pod)
-            and "deletionTimestamp" not in pod["metadata"]
-        )
+        return self._selector <= labels and is_serving(pod)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -239,21 +235,14 @@ class Traffic:
 
 async def _chat(client: openai.AsyncOpenAI, model: str, question: str) -> None:
     messages = [{"role": "user", "content": question}]
-    answer = await client.chat.completions.create(
-        model=model,
-        messages=messages,
-        max_tokens=8,
-    )
+    answer = await client.chat.completions.create(model=model, messages=messages, max_tokens=8)
     assert answer.choices[0].message.content
 
 
 async def _stream(client: openai.AsyncOpenAI, model: str, question: str) -> None:
     messages = [{"role": "user", "content": question}]
     chunks = await client.chat.completions.create(
-        model=model,
-        messages=messages,
-        max_tokens=64,
-        stream=True,
+        model=model, messages=messages, max_tokens=64, stream=True
     )
     reason = None
     async for chunk in chunks:

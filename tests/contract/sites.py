@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import aiohttp
+import kubectls
+import pytest
+from fakes.hub import Hub, Repository
 from harness import until
 from helms import CHART, IMAGE, Helm
-from kubelets import Kubelet, is_ready
-from servers import ApiServer, node
+from kubelets import Kubelet, is_ready, is_serving
+from servers import CONTROL_PLANE, ApiServer, assets, cluster, node
 
 from kubeai.kube.client import Kube
 from kubeai.kube.resources import PODS, SECRETS, SERVICES, Resource
@@ -19,6 +23,33 @@ from kubeai.kube.resources import PODS, SECRETS, SERVICES, Resource
 RELEASE = "release"  # the namespace of one
 DEPLOYMENTS = Resource("apps", "v1", "deployments", "Deployment")
 ACCOUNT = "spec.serviceAccountName"
+
+
+@contextlib.contextmanager
+def release_cluster(
+    folder: Path, *programs: str, accounts: tuple[str, ...] = ("kubeai",)
+) -> Iterator[ApiServer]:
+    """A control plane for the releases of a test; without it, Helm or a program, skips the test.
+
+    ``accounts``: those of the namespace :data:`RELEASE`.
+    """
+    if assets(*CONTROL_PLANE, "helm", *programs) is None:
+        pytest.skip("KUBEBUILDER_ASSETS holds no whole control plane, or no helm")
+    tokens = [f"{RELEASE}:{account}" for account in accounts]
+    with cluster(folder / "servers", accounts=tokens) as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def hub_with_weights() -> AsyncIterator[Hub]:
+    """A hub that has the weights of the Model ``cached``."""
+    hub = Hub()
+    await hub.start()
+    hub.repositories["mock/cached"] = Repository({"config.json": b"{}", "model.bin": b"w" * 9})
+    try:
+        yield hub
+    finally:
+        await hub.stop()
 
 
 class Site:
@@ -84,6 +115,22 @@ class Site:
             values=self.values | (values or {}),
         )
 
+    async def kubectl(self, *arguments: str) -> str:
+        """What kubectl prints, as the cluster's administrator."""
+        kubectl = kubectls.Kubectl(kubectls.found()["assets"], self.kubeconfig, self.folder)
+        return await asyncio.to_thread(kubectl, *arguments)
+
+    async def until_ready(self, counts: dict[str, int], timeout_s: float = 60) -> None:
+        """Wait until each Model has this many pods, all of them ready."""
+        for name, count in counts.items():
+
+            async def so(name: str = name, count: int = count) -> bool:
+                labels = f"app=model,model={name}"
+                pods, _ = await self.kube.list(PODS, self.namespace, labels=labels)
+                return len(pods) == count and all(map(is_ready, pods))
+
+            await until(f"{count} pods of {name} are ready", so, timeout_s)
+
     @contextlib.contextmanager
     def gpu_node(self):
         """As NVIDIA's GPU operator labels one with an L4; kwok plays its kubelet."""
@@ -114,7 +161,7 @@ class Site:
         return [
             f"{pod['status']['podIP']}:{port['containerPort']}"
             for pod in found
-            if is_ready(pod) and "deletionTimestamp" not in pod["metadata"]
+            if is_serving(pod)
             for port in pod["spec"]["containers"][0]["ports"]
             if port["name"] == target
         ]

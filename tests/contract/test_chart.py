@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from fakes.hub import Hub, Repository
+from fakes.hub import Hub
 from harness import model, until
 from helms import (
     CHART,
@@ -27,8 +27,8 @@ from helms import (
     one,
 )
 from operators import chart_role, documented_role
-from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models
-from sites import DEPLOYMENTS, RELEASE, Site
+from servers import ApiServer, install_models
+from sites import DEPLOYMENTS, RELEASE, Site, hub_with_weights, release_cluster
 
 from kubeai.api.config.system import SystemConfig, parse_config
 from kubeai.api.crd import model_crd
@@ -448,10 +448,8 @@ def model_crd_spec() -> dict:
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory) -> Iterator[ApiServer]:
-    if assets(*CONTROL_PLANE, "helm") is None:
-        pytest.skip("KUBEBUILDER_ASSETS holds no whole control plane, or no helm")
-    accounts = [f"{RELEASE}:{name}" for name in ("kubeai", "kubeai-uninstall")]
-    with cluster(tmp_path_factory.mktemp("cluster") / "servers", accounts=accounts) as server:
+    accounts = ("kubeai", "kubeai-uninstall")
+    with release_cluster(tmp_path_factory.mktemp("cluster"), accounts=accounts) as server:
         yield server
 
 
@@ -584,10 +582,8 @@ async def site(api, tmp_path) -> AsyncIterator[Site]:
 
 @pytest.fixture
 async def hub() -> AsyncIterator[Hub]:
-    hub = Hub()
-    await hub.start()
-    yield hub
-    await hub.stop()
+    async with hub_with_weights() as hub:
+        yield hub
 
 
 async def test_release_installs_serves_upgrades_and_uninstalls_cleanly(site, hub):
@@ -597,7 +593,6 @@ async def test_release_installs_serves_upgrades_and_uninstalls_cleanly(site, hub
     """
     before = site.objects()
     site.make_volume()
-    hub.repositories["mock/cached"] = Repository({"config.json": b"{}", "model.bin": b"w" * 9})
     await site.install("--set", "uninstall.deleteModels=true")
     await site.kube.create(MODELS, model("m", scaleDownDelaySeconds=300))
     from_hub = {"cacheProfile": "shared", "env": {"HF_ENDPOINT": hub.url}}

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 from helms import CHART, Helm, config_of
-from servers import CONTROL_PLANE, ApiServer, assets, cluster, node, wait_until
+from servers import ApiServer, node, wait_until
+from sites import release_cluster
 
 from kubeai.api.config.system import parse_config
 from kubeai.api.model import decode_model
@@ -46,9 +47,7 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory) -> Iterator[ApiServer]:
-    if assets(*CONTROL_PLANE, "helm") is None:
-        pytest.skip("KUBEBUILDER_ASSETS holds no whole control plane, or no helm")
-    with cluster(tmp_path_factory.mktemp("cluster") / "servers") as server:
+    with release_cluster(tmp_path_factory.mktemp("cluster"), accounts=()) as server:
         yield server
 
 

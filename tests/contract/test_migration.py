@@ -14,11 +14,9 @@ import upstreams
 from fakes.hub import Hub, Repository
 from harness import until
 from helms import CHART, IMAGE
-from kubectls import Kubectl
-from kubelets import is_ready
-from servers import CONTROL_PLANE, ApiServer, assets, cluster
+from servers import ApiServer
 from service_traffic import ServiceAddress, Traffic
-from sites import RELEASE, Site
+from sites import RELEASE, Site, hub_with_weights, release_cluster
 
 from kubeai.kube.resources import CONFIGMAPS, CRDS, LEASES, MODELS, PODS, PVCS, SERVICES
 from kubeai.operator.leader import GO_CONTROLLER_LEASE_NAME, LEASE_NAME
@@ -69,9 +67,6 @@ class Move(Site):
         options = ("--engine-env", f"VLLM={vllm}", "--capacity", "nvidia.com/gpu=16")
         super().__init__(api, RELEASE, folder, *options, programs=str(upstreams.program()))
         self.go_chart = upstreams.chart(folder)
-        binaries = assets("kubectl")
-        assert binaries is not None
-        self.kubectl = Kubectl(str(binaries / "kubectl"), self.kubeconfig, folder)
 
     @property
     def go_values(self) -> dict:
@@ -110,15 +105,15 @@ class Move(Site):
 
     async def detach(self) -> None:
         """Leave the pods of KubeAI in Go to themselves; they still serve."""
-        await self.run("delete", "deployment", "kubeai", "--cascade=orphan")
-        await self.run("delete", "replicasets", "--cascade=orphan", "--selector", OF_KUBEAI)
+        await self.kubectl("delete", "deployment", "kubeai", "--cascade=orphan")
+        await self.kubectl("delete", "replicasets", "--cascade=orphan", "--selector", OF_KUBEAI)
 
     async def end_detached(self, traffic: Traffic) -> None:
         """Take them out of the Service, and delete them once new connections go elsewhere."""
         label = f"{OF_INSTANCE}=kubeai-in-go"
-        await self.run("label", "pods", "--overwrite", label, "--selector", OF_GO)
+        await self.kubectl("label", "pods", "--overwrite", label, "--selector", OF_GO)
         await traffic.answers()  # those that were in flight have ended
-        await self.run("delete", "pods", "--selector", label, "--grace-period=1")
+        await self.kubectl("delete", "pods", "--selector", label, "--grace-period=1")
 
     async def state(self) -> dict[str, str]:
         """The uids of what both programs keep."""
@@ -139,9 +134,6 @@ class Move(Site):
 
     async def roll_back(self) -> None:
         await asyncio.to_thread(self.helm, "rollback", "kubeai", "1", "--wait")
-
-    async def run(self, *arguments: str) -> str:
-        return await asyncio.to_thread(self.kubectl, *arguments)
 
     async def holder(self, lease: str) -> str:
         found = await self.kube.get(LEASES, lease, self.namespace)
@@ -169,17 +161,6 @@ class Move(Site):
         others = "app=model,model!=cold,model!=changed"
         pods, _ = await self.kube.list(PODS, self.namespace, labels=others)
         return {pod["metadata"]["uid"]: pod["metadata"]["name"] for pod in pods}
-
-    async def ready_once(self, counts: dict[str, int]) -> None:
-        for name, count in counts.items():
-
-            async def so(name=name, count=count) -> bool:
-                pods, _ = await self.kube.list(
-                    PODS, self.namespace, labels=f"app=model,model={name}"
-                )
-                return len(pods) == count and all(map(is_ready, pods))
-
-            await until(f"{count} pods of {name} are ready", so, 120)
 
     async def adapter_loaded(self) -> None:
         """KubeAI in Go never answers requests that came before."""
@@ -213,21 +194,15 @@ class Move(Site):
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory) -> Iterator[ApiServer]:
-    if assets(*CONTROL_PLANE, "helm", "kubectl") is None:
-        pytest.skip("KUBEBUILDER_ASSETS holds no whole control plane, or no helm")
-    accounts = [f"{RELEASE}:kubeai"]
-    with cluster(tmp_path_factory.mktemp("cluster") / "servers", accounts=accounts) as server:
+    with release_cluster(tmp_path_factory.mktemp("cluster"), "kubectl") as server:
         yield server
 
 
 @pytest.fixture
 async def hub() -> AsyncIterator[Hub]:
-    hub = Hub()
-    await hub.start()
-    hub.repositories["mock/cached"] = Repository({"config.json": b"{}", "model.bin": b"w" * 9})
-    hub.repositories["mock/fin"] = Repository({"adapter_config.json": b"{}"})
-    yield hub
-    await hub.stop()
+    async with hub_with_weights() as hub:
+        hub.repositories["mock/fin"] = Repository({"adapter_config.json": b"{}"})
+        yield hub
 
 
 @pytest.fixture
@@ -261,7 +236,7 @@ async def test_models_move_from_kubeai_in_go_and_back(move, hub):
     await move.install_go()
     for each in models(hub):
         await move.kube.create(MODELS, each)
-    await move.ready_once(COUNTS)
+    await move.until_ready(COUNTS, 120)
     await move.adapter_loaded()
     await move.leads_as(GO)
     (loaded,) = move.folder.rglob("model.bin")
@@ -290,8 +265,8 @@ async def _there_and_back(move: Move, traffic: Traffic) -> None:
     engines = await move.engines()
     await traffic.answers()
     await traffic.phase(f"restart of {GO}", at_least=0)
-    await move.run("rollout", "restart", "deployment/kubeai")
-    await move.run("rollout", "status", "deployment/kubeai")
+    await move.kubectl("rollout", "restart", "deployment/kubeai")
+    await move.kubectl("rollout", "status", "deployment/kubeai")
     await move.leads_as(GO)
     await traffic.answers()
     await traffic.phase("move, short", at_least=0)
@@ -302,9 +277,9 @@ async def _there_and_back(move: Move, traffic: Traffic) -> None:
     assert await move.engines() == engines
     await move.change()
     await traffic.answers()
-    assert "kubeai-in-go" in await move.run("get", "roles")
+    assert "kubeai-in-go" in await move.kubectl("get", "roles")
     await move.upgrade()
-    assert "kubeai-in-go" not in await move.run("get", "roles")
+    assert "kubeai-in-go" not in await move.kubectl("get", "roles")
     await traffic.phase("way back", at_least=0)
     await move.roll_back()
     await move.leads_as(GO)

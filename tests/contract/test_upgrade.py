@@ -14,15 +14,14 @@ from typing import Any
 
 import previous
 import pytest
-from fakes.hub import Hub, Repository
+from fakes.hub import Hub
 from fleets import Watched
 from harness import model, scrape, until
-from helms import CHART, IMAGE
-from kubectls import Kubectl
-from kubelets import is_ready
-from servers import CONTROL_PLANE, ApiServer, assets, cluster
+from helms import CHART, IMAGE, config_of
+from kubelets import is_serving
+from servers import ApiServer
 from service_traffic import ServiceAddress, Traffic
-from sites import RELEASE, Site
+from sites import RELEASE, Site, hub_with_weights, release_cluster
 
 from kubeai.api.config.system import parse_config
 from kubeai.api.model import decode_model
@@ -45,9 +44,6 @@ class Upgrade(Site):
     def __init__(self, api: ApiServer, folder: Path, before: Path) -> None:
         super().__init__(api, RELEASE, folder, programs=str(before))
         self._before = before
-        binaries = assets("kubectl")
-        assert binaries is not None
-        self._kubectl = Kubectl(str(binaries / "kubectl"), self.kubeconfig, folder)
 
     @property
     def values(self) -> dict:
@@ -65,9 +61,6 @@ class Upgrade(Site):
             values=self.values | {"command": [previous.PROGRAM]},
         )
 
-    async def kubectl(self, *arguments: str) -> str:
-        return await asyncio.to_thread(self._kubectl, *arguments)
-
     async def create_key(self) -> None:
         data = {"api_key": base64.b64encode(KEY.encode()).decode()}
         meta = {"name": KEY_NAME, "labels": {"kubeai.org/api-key": "true"}}
@@ -79,8 +72,7 @@ class Upgrade(Site):
         return [
             pod
             for pod in pods
-            if is_ready(pod)
-            and "deletionTimestamp" not in pod["metadata"]
+            if is_serving(pod)
             and (pod["spec"]["containers"][0].get("command") == [previous.PROGRAM]) == of_previous
         ]
 
@@ -128,9 +120,7 @@ class Upgrade(Site):
 
     async def unchanged(self, engines: dict[str, dict]) -> set[str]:
         """The engines whose pods the current version would create in the same way."""
-        rendered = self.helm.render("kubeai", values=self.values)
-        maps = [each for each in rendered if each["kind"] == "ConfigMap" and "data" in each]
-        config = parse_config(maps[0]["data"]["system.yaml"])
+        config = parse_config(config_of(self.helm.render("kubeai", values=self.values)))
         found, _ = await self.kube.list(MODELS, self.namespace)
         hashes = {}
         for each in found:
@@ -142,17 +132,6 @@ class Upgrade(Site):
             for uid, pod in engines.items()
             if pod["metadata"]["labels"]["pod-hash"] == hashes[pod["metadata"]["labels"]["model"]]
         }
-
-    async def ready_once(self) -> None:
-        for name, count in COUNTS.items():
-
-            async def so(name: str = name, count: int = count) -> bool:
-                pods, _ = await self.kube.list(
-                    PODS, self.namespace, labels=f"app=model,model={name}"
-                )
-                return len(pods) >= count and all(map(is_ready, pods))
-
-            await until(f"{count} pods of {name} are ready", so, 60)
 
     async def state(self) -> dict[str, Any]:
         """What an upgrade keeps: who the stored objects are, and the autoscaler's averages."""
@@ -182,20 +161,14 @@ class Upgrade(Site):
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory) -> Iterator[ApiServer]:
-    if assets(*CONTROL_PLANE, "helm", "kubectl") is None:
-        pytest.skip("KUBEBUILDER_ASSETS holds no whole control plane, or no helm")
-    accounts = [f"{RELEASE}:kubeai"]
-    with cluster(tmp_path_factory.mktemp("cluster") / "servers", accounts=accounts) as server:
+    with release_cluster(tmp_path_factory.mktemp("cluster"), "kubectl") as server:
         yield server
 
 
 @pytest.fixture
 async def hub() -> AsyncIterator[Hub]:
-    hub = Hub()
-    await hub.start()
-    hub.repositories["mock/cached"] = Repository({"config.json": b"{}", "model.bin": b"w" * 9})
-    yield hub
-    await hub.stop()
+    async with hub_with_weights() as hub:
+        yield hub
 
 
 @pytest.fixture
@@ -218,7 +191,7 @@ async def create_models(site: Upgrade, hub: Hub) -> None:
         model("cached", minReplicas=1, cacheProfile="shared", env={"HF_ENDPOINT": hub.url}),
     ):
         await site.kube.create(MODELS, each)
-    await site.ready_once()
+    await site.until_ready(COUNTS)
 
 
 async def test_upgrade_and_rollback_lose_no_request_and_restart_no_engine(site, hub):

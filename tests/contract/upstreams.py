@@ -16,9 +16,11 @@ import shutil
 import subprocess
 import sys
 import venv
+from functools import partial
 from pathlib import Path
 
 import yaml
+from caches import made_once
 
 UPSTREAM = os.environ.get("UPSTREAM", "")
 BUILD_TIMEOUT_S = 1800
@@ -61,27 +63,24 @@ def program() -> Path:
     """The folder with its program, built if needed."""
     edited = {path: _edited(path) for path in EDITS}
     key = hashlib.sha256(f"{git('rev-parse', 'HEAD^{tree}')}{edited}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "kubeai-upstream" / key
-    if not (folder / PROGRAM).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        replace = {}
-        for path, text in edited.items():
-            file = folder / Path(path).name
-            file.write_text(text)
-            replace[str(Path(UPSTREAM).absolute() / path)] = str(file)
-        overlay = folder / "overlay.json"
-        overlay.write_text(json.dumps({"Replace": replace}))
-        partial = folder / f"{PROGRAM}.{os.getpid()}"
-        subprocess.run(
-            ["go", "build", f"-overlay={overlay}", "-o", str(partial), "./cmd"],
-            cwd=UPSTREAM,
-            env=os.environ | {"CGO_ENABLED": "0"},
-            check=True,
-            timeout=BUILD_TIMEOUT_S,
-        )
-        partial.rename(folder / PROGRAM)
-    return folder
+    return made_once("kubeai-upstream", key, partial(_build, edited))
+
+
+def _build(edited: dict[str, str], folder: Path) -> None:
+    replace = {}
+    for path, text in edited.items():
+        file = folder / Path(path).name
+        file.write_text(text)
+        replace[str(Path(UPSTREAM).absolute() / path)] = str(file)
+    overlay = folder / "overlay.json"
+    overlay.write_text(json.dumps({"Replace": replace}))
+    subprocess.run(
+        ["go", "build", f"-overlay={overlay}", "-o", str(folder / PROGRAM), "./cmd"],
+        cwd=UPSTREAM,
+        env=os.environ | {"CGO_ENABLED": "0"},
+        check=True,
+        timeout=BUILD_TIMEOUT_S,
+    )
 
 
 def _edited(path: str) -> str:

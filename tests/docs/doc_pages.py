@@ -130,6 +130,26 @@ def markdown_tokens(text: str) -> list[Token]:
     return MarkdownIt().use(front_matter_plugin).enable("table").disable("code").parse(text)
 
 
+def language_and_title(fence: Token) -> tuple[str, str]:
+    """Those of ``yaml title="a.yaml"`` or ``{ .yaml title="…" }``; raises ValueError."""
+    words = shlex.split(fence.info.strip().strip("{}"))
+    language = words[0].removeprefix(".") if words else ""
+    titles = [word.removeprefix("title=") for word in words if word.startswith("title=")]
+    return language, titles[0] if titles else ""
+
+
+def sections(name: str) -> dict[str, str]:
+    """The text of docs/<name> below each heading of the second level."""
+    parts = re.split(r"^## ", (DOCS / name).read_text(), flags=re.MULTILINE)[1:]
+    return dict(part.split("\n", 1) for part in parts)
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of each row of the tables in a text, with those of the heads and the rules."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
 def _front_matter(page: str, text: str) -> dict[str, Any]:
     try:
         front = yaml.safe_load(text)
@@ -247,7 +267,10 @@ class _Reader:
         return kind, argument
 
     def _fence(self, token: Token, line: int) -> Step | None:
-        language, title = self._info(token, line)
+        try:
+            language, title = language_and_title(token)
+        except ValueError as error:
+            raise PageError(self._page, line, f"code block: {error}") from None
         first, text = line + 1, token.content
         if language in SHELLS:
             raise PageError(self._page, line, f"write `sh` instead of `{language}`")
@@ -266,16 +289,6 @@ class _Reader:
         if language == "text" and self._take(line, "output")[0]:
             return Output(first, text)
         return None
-
-    def _info(self, token: Token, line: int) -> tuple[str, str]:
-        """Language and title of a fence: ``yaml title="a.yaml"``, ``{ .yaml title="…" }``."""
-        try:
-            words = shlex.split(token.info.strip().strip("{}"))
-        except ValueError as error:
-            raise PageError(self._page, line, f"code block: {error}") from None
-        language = words[0].removeprefix(".") if words else ""
-        titles = [word.removeprefix("title=") for word in words if word.startswith("title=")]
-        return language, titles[0] if titles else ""
 
     def _check_indentation(self, token: Token) -> None:
         """Reject indented code: its commands would not be run. Containers are indented as well."""

@@ -6,21 +6,19 @@ docs/tutorials/constraints.txt pins those from PyPI, the page itself those from 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 
+from caches import made_once
 from doc_pages import DOCS, Page
 
 CONSTRAINTS = DOCS / "tutorials" / "constraints.txt"
 TIMEOUT_S = 600.0
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kubeai-docs"
 
 
 def prepare(page: Page) -> Path | None:
@@ -28,19 +26,11 @@ def prepare(page: Page) -> Path | None:
     if not page.pip and not page.npm:
         return None
     key = json.dumps([page.pip, page.npm, CONSTRAINTS.read_text(), sys.version_info[:2]])
-    folder = CACHE / hashlib.sha256(key.encode()).hexdigest()[:16]
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two pages at once download one after the other
-        if not folder.is_dir():
-            with tempfile.TemporaryDirectory(dir=CACHE) as new:
-                _download(page, Path(new) / "packages")
-                shutil.move(Path(new) / "packages", folder)
-    return folder
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return made_once("kubeai-docs", digest, partial(_download, page))
 
 
 def _download(page: Page, into: Path) -> None:
-    into.mkdir()
     if page.pip:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
         options = ["-c", str(CONSTRAINTS), "-d", str(into / "wheels")]

@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from subprocess import PIPE
 
@@ -18,7 +17,7 @@ import yaml
 from doc_pages import STORES, Page
 from kubelets import Kubelet
 from repository import REPOSITORY
-from servers import ApiServer, cluster
+from servers import ApiServer, cluster, wait_until
 
 from kubeai.api.config.images import DEFAULT_IMAGES
 
@@ -114,7 +113,11 @@ class Local(Surroundings):
         config.write_text(yaml.safe_dump({"modelServers": images, "resourceProfiles": profiles}))
         options = ("--config", str(config), "--gpus", str(GPUS))
         process = self.run(stack, "kubeai local", "kubeai", "local", *options)
-        until(lambda: process.poll() is not None or _is_ready(), "kubeai local is not ready")
+        wait_until(
+            lambda: process.poll() is not None or _is_ready(),
+            "kubeai local is ready",
+            timeout_s=READY_TIMEOUT_S,
+        )
 
     def logs(self) -> list[tuple[str, Path]]:
         """Its log."""
@@ -146,7 +149,7 @@ class Cluster(Surroundings):
             if "port-forward" not in self.page.starts:
                 forward = ("kubectl", "port-forward", "svc/kubeai", "8000:80")
                 self.run(stack, "port-forward", *forward)
-                until(_is_ready, "the gateway does not answer")
+                wait_until(_is_ready, "the gateway answers", timeout_s=READY_TIMEOUT_S)
 
     def logs(self) -> list[tuple[str, Path]]:
         """Those of the node and of KubeAI's pods."""
@@ -166,7 +169,11 @@ class Cluster(Surroundings):
         replaced = "".join(f'.replace("{image}", "{MOCK_IMAGE}")' for image in ordered)
         text = POLICY.read_text().replace("ACCOUNTS", str(accounts))
         self._kubectl("apply", "-f", "-", text=text.replace(".REPLACED", replaced))
-        until(lambda: _is_in_force(server, ordered[0]), "the policies are not in force")
+        wait_until(
+            lambda: _is_in_force(server, ordered[0]),
+            "the policies are in force",
+            timeout_s=READY_TIMEOUT_S,
+        )
 
     def _kubectl(self, *arguments: str, text: str = "") -> None:
         subprocess.run(
@@ -215,17 +222,8 @@ def _is_in_force(server: ApiServer, image: str) -> bool:
 
 
 def _is_ready() -> bool:
-    with contextlib.suppress(OSError), urllib.request.urlopen(f"{ENDPOINT}/readyz") as answer:
-        return answer.status == 200
-    return False
-
-
-def until(true: Callable[[], bool], what: str) -> None:
-    """Wait for a state, with a deadline."""
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
+    with urllib.request.urlopen(f"{ENDPOINT}/readyz") as answer:
+        return bool(answer.status == 200)
 
 
 SURROUNDINGS: dict[str, type[Surroundings]] = {

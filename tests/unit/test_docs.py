@@ -15,6 +15,7 @@ from typing import get_args
 
 import pytest
 import yaml
+from doc_pages import rows, sections
 from fakes.engine_pods import pod
 from repository import REPOSITORY
 
@@ -45,19 +46,8 @@ def leaves(schema, path=""):
             yield where, below
 
 
-def sections():
-    """The tables: title → [(first cell, description, cited tests)]."""
-    text = (REPOSITORY / "docs/reference/fields.md").read_text()
-    tables = {}
-    for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        lines = [line for line in part.splitlines() if line.startswith("|")][2:]
-        tables[part.splitlines()[0]] = [
-            [c.strip() for c in line.split("|")[1:-1]] for line in lines
-        ]
-    return tables
-
-
-TABLES = sections()
+# Of fields.md: title → [(first cell, description, cited tests)].
+TABLES = {title: rows(text)[2:] for title, text in sections("reference/fields.md").items()}
 ROWS = [row for rows in TABLES.values() for row in rows]
 
 
@@ -120,10 +110,8 @@ ENGINES = get_args(Engine)
 
 def table(title):
     """A table of docs/reference/engines/index.md: its head, and its rows."""
-    text = (REPOSITORY / "docs/reference/engines/index.md").read_text().split(f"\n## {title}\n")[1]
-    lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
-    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
-    return head, rows
+    head, _, *below = rows(sections("reference/engines/index.md")[title])
+    return head, below
 
 
 def test_every_engine_has_a_page_and_a_column():

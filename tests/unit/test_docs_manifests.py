@@ -8,28 +8,27 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import jsonschema_rs
-import msgspec
 import pytest
 import yaml
+from doc_pages import DOCS, language_and_title, markdown_tokens, page_names
 from repository import REPOSITORY
 
 from kubeai.api.config.system import SystemConfig, parse_config
 from kubeai.api.crd import model_crd
 from kubeai.api.model import API_VERSION, decode_model
 from kubeai.local import from_url
+from kubeai.local.apiserver.apply.patch import merge
 from kubeai.local.apiserver.schema.structural import Schema
 from kubeai.podspec import build_pod
 
-DOCS, CHARTS = REPOSITORY / "docs", REPOSITORY / "charts"
-FENCE = re.compile(r"^( *)```\{? ?\.?ya?ml\b([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-TITLE = re.compile(r'title="([^"]+)"')
+CHARTS = REPOSITORY / "charts"
+YAML = {"yaml", "yml"}
 MODEL = Schema(model_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
 # What a block that shows only a part of a spec is completed with.
 BASE = {"url": "hf://org/name", "engine": "VLLM", "features": ["TextGeneration"]}
@@ -63,17 +62,14 @@ def defaults(file: str) -> dict[str, Any]:
 
 def blocks() -> Iterator[Block]:
     """All YAML documents that are maps, of all pages."""
-    for path in sorted(DOCS.rglob("*.md")):
-        page = path.relative_to(REPOSITORY).as_posix()
-        text = path.read_text()
-        for found in FENCE.finditer(text):
-            indent, info, body = found.groups()
-            line = text.count("\n", 0, found.start()) + 1
-            body = re.sub(rf"^{indent}", "", body, flags=re.MULTILINE)
-            title = TITLE.search(info)
-            for value in yaml.safe_load_all(body):
+    for name in page_names():
+        for token in markdown_tokens((DOCS / name).read_text()):
+            if token.type != "fence" or token.map is None:
+                continue
+            language, title = language_and_title(token)
+            for value in yaml.safe_load_all(token.content) if language in YAML else ():
                 if isinstance(value, dict):
-                    yield Block(page, line, title[1] if title else "", value)
+                    yield Block(f"docs/{name}", token.map[0] + 1, title, value)
 
 
 def kind_of(block: Block) -> str:
@@ -99,27 +95,18 @@ VALUES = [block for block in BLOCKS if kind_of(block) in ("kubeai", "models")]
 CONFIGS = [block for block in BLOCKS if kind_of(block) == "config"]
 
 
-def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
-    """As Helm merges values: maps key by key."""
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            merge(into[key], value)
-        else:
-            into[key] = copy.deepcopy(value)
-
-
 @cache
 def config_of(page: str) -> SystemConfig:
-    """The system config: profiles of the chart, its cloud files, `kubeai local` and the page."""
-    merged: dict[str, Any] = {key: {} for key in PROFILES}
+    """The system config: profiles of the chart, its cloud files, `kubeai local` and the page.
+
+    Helm merges values as RFC 7386 merges JSON.
+    """
+    merged: dict[str, Any] = {}
     files = [defaults("values.yaml"), defaults("values-eks.yaml"), defaults("values-gke.yaml")]
     shown = [block.value for block in VALUES + CONFIGS if block.page == page]
     for values in files + shown:
-        for key in PROFILES:
-            merge(merged[key], values.get(key) or {})
-    config = parse_config(yaml.safe_dump(merged))
-    profiles = {from_url.GPU_PROFILE: from_url.ONE_GPU, **config.resource_profiles}
-    return msgspec.structs.replace(config, resource_profiles=profiles)
+        merged = merge(merged, {key: values[key] for key in PROFILES if values.get(key)})
+    return from_url.with_gpu_profile(parse_config(yaml.safe_dump(merged)))
 
 
 def test_the_pages_have_blocks_of_each_kind():

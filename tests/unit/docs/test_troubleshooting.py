@@ -6,6 +6,7 @@ import ast
 import re
 
 import pytest
+from doc_pages import rows, sections
 from fakes.reasons import reasons
 from repository import REPOSITORY
 
@@ -13,7 +14,6 @@ from kubeai.local import unserved
 from kubeai.operator import blocks, keys
 from kubeai.operator.conditions import OURS
 
-PAGE = (REPOSITORY / "docs/reference/troubleshooting.md").read_text()
 OF_MODELS = (
     "States of a Model",
     "Problems of a Model",
@@ -26,23 +26,22 @@ LOCAL = ("Process kubelet", "Jobs")
 REASON = re.compile(r"`([A-Za-z]+)`")
 
 
-def sections() -> dict[str, dict[str, list[str]]]:
-    """Section → reason → the other cells of its row."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]:
-        rows = found.setdefault(part.splitlines()[0], {})
-        for line in part.splitlines():
-            cells = [cell.strip() for cell in line.split("|")[1:-1]]
-            for reason in REASON.findall(cells[0]) if cells else ():
-                assert reason not in rows, reason
-                rows[reason] = cells[1:]
+def rows_by_reason(text: str) -> dict[str, list[str]]:
+    """Reason → the other cells of its row."""
+    found: dict[str, list[str]] = {}
+    for first, *others in rows(text):
+        for reason in REASON.findall(first):
+            assert reason not in found, reason
+            found[reason] = others
     return found
 
 
-SECTIONS = sections()
+SECTIONS = {
+    title: rows_by_reason(text) for title, text in sections("reference/troubleshooting.md").items()
+}
 
 
-def rows(*titles: str) -> set[str]:
+def reasons_of(*titles: str) -> set[str]:
     return {reason for title in titles for reason in SECTIONS[title]}
 
 
@@ -53,13 +52,13 @@ def test_every_reason_of_the_operator_has_a_row_and_nothing_else_has():
     # Reasons of Kubernetes that the operator treats in a special way.
     code |= blocks.POD_AT_ONCE - reasons("local/kubelet")
     assert {"ScaledToZero", "PodRefused", "ServiceRefused"} <= code  # it finds some
-    assert rows(*OF_MODELS, "Events") == code | {unserved.REASON}
+    assert reasons_of(*OF_MODELS, "Events") == code | {unserved.REASON}
 
 
 def test_every_reason_of_the_process_kubelet_and_the_job_controller_has_a_row():
     code = reasons("local/kubelet", "local/jobs") - reasons()
     assert {"EngineNotInstalled", "MountError", "BackoffLimitExceeded"} <= code
-    assert rows(*LOCAL) == code
+    assert reasons_of(*LOCAL) == code
 
 
 def pairs() -> set[tuple[str, str]]:

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from repository import REPOSITORY
+from doc_pages import rows, sections
 
 from kubeai.gateway.engine_routes import can_replace, engines_with
 from kubeai.openai.routes import Kind
@@ -12,17 +12,11 @@ from kubeai.routing.routes import Route
 
 def documented() -> dict[str, set[str]]:
     """The engines with each route, from the table in docs/reference/engines/index.md."""
-    text = (REPOSITORY / "docs/reference/engines/index.md").read_text()
-    head, _, *rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in text.split("\n## Routes\n")[1].splitlines()
-        if line.startswith("|")
-    ]
+    head, _, *below = rows(sections("reference/engines/index.md")["Routes"])
     found = {}
-    for row in rows:
+    for row in below:
         path = re.fullmatch("`(.+)`", row[1])
-        if path is None:
-            break  # another table
+        assert path is not None, row
         cells = zip(head[2:], row[2:], strict=True)
         found[path[1]] = {engine for engine, cell in cells if cell == "yes"}
     return found
