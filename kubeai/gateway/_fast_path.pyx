@@ -173,6 +173,7 @@ cdef class FastPath(EarlyStream):
     cdef public Key _key  # the client's; None: it has none, and needs none
     cdef public bint _needs_admin  # only an administrator's key may have it answered
     cdef public Charge _charge  # to the key; None: it has no limits
+    cdef public str _response_id  # of a response that the engine may store; None: not chosen
     cdef public bytes _metered  # the payload that asks for usage where the client does not
     cdef public bytes _unmetered  # the same without; None once it has been sent
     cdef public object _refusing  # the Model whose engine has rejected ``_metered``; None: none
@@ -399,7 +400,7 @@ cdef class FastPath(EarlyStream):
             if self.began_s and context.journal is not None:
                 self._record(context.journal)
             if self._key is not None and context.meter is not None:
-                self._meter(context.meter)
+                self._meter(context.meter, is_reported)
                 if self._refusing is self._routed and self.status == 200:
                     if context.usage_refusals is None:
                         context.usage_refusals = UsageRefusals()
@@ -449,8 +450,35 @@ cdef class FastPath(EarlyStream):
         journal.commit(slot)
         return 0
 
-    cdef int _meter(self, Meter meter) except -1:
-        """Count the request for its key. Afterwards all of ``usage`` is known, or estimated."""
+    cdef int _meter(self, Meter meter, bint is_reported) except -1:
+        """Count the request for its key, unless its response is computed in the background.
+
+        Afterwards all of ``usage`` is known, or estimated.
+        """
+        cdef Usage *usage = &self.usage
+        cdef bint is_estimated = self._estimate(meter)
+        if (
+            self._kind is RESPONSES
+            and not is_reported
+            and self._has_response()
+            and self.is_followed(
+                usage.prompt_tokens,
+                usage.output_tokens if asks_to_stream(<InferenceRequest> self._request) else 0,
+            )
+        ):
+            self._charge = None  # ended with the response
+        else:
+            meter.count(self._key, self._routed.route.model, usage, is_estimated)
+        return 0
+
+    cdef bint _has_response(self) noexcept:
+        """Whether a response has begun, or the client has given the request up at an engine."""
+        return self._reservation is not None and (
+            200 <= self.status < 300 or (self.status == 0 and not self.whole)
+        )
+
+    cdef bint _estimate(self, Meter meter) except -1:
+        """Estimate what is not known of ``usage``; returns whether anything is estimated."""
         cdef Usage *usage = &self.usage
         cdef str model = self._routed.route.model
         cdef InferenceRequest request = <InferenceRequest?> self._request
@@ -463,10 +491,7 @@ cdef class FastPath(EarlyStream):
             is_reported = True
         elif streams and self.whole and knows_output:
             meter.learn(model, self.answer_bytes, usage.output_tokens)
-        # A response that has begun, or a request that the client has given up at an engine.
-        if self._reservation is not None and (
-            200 <= self.status < 300 or (self.status == 0 and not self.whole)
-        ):
+        if self._has_response():
             if usage.prompt_tokens == <uint32_t> UNKNOWN_TOKENS and self._prompt is not None:
                 usage.prompt_tokens = self._prompt.tokens
                 is_estimated = self._prompt.tokens != 0
@@ -478,8 +503,7 @@ cdef class FastPath(EarlyStream):
         usage.prompt_tokens = known(usage.prompt_tokens)
         usage.cached_tokens = known(usage.cached_tokens)
         usage.output_tokens = known(usage.output_tokens)
-        meter.count(self._key, model, usage, is_estimated)
-        return 0
+        return is_estimated
 
     cdef int _outcome(self) noexcept:
         if self.broken:
@@ -516,6 +540,14 @@ cdef class FastPath(EarlyStream):
         """The request has no valid key in a header, or has cookies: whether it may go on.
 
         Respond with an error otherwise.
+        """
+        raise NotImplementedError
+
+    def is_followed(self, prompt_tokens, sent_tokens):
+        """Whether the response may be computed in the background. The engine is then asked for it.
+
+        It is counted later, instead of now, and the charge ended. Both numbers are estimates; the
+        client of a stream was sent ``sent_tokens``.
         """
         raise NotImplementedError
 

@@ -15,5 +15,8 @@ def expected_tokens(key: Key | None, prompt: Prompt, request: InferenceRequest) 
     as those to this key (None: ``OUTPUT_TOKENS``) had on average.
     """
 
+def learn_output(key: Key, tokens: int) -> None:
+    """Learn how long the key's responses are from one whose request has ended before it."""
+
 def refusal(key: Key, charge: Charge) -> BadRequest:
     """The 429 for a request that exceeds a limit of its key; it says which one."""

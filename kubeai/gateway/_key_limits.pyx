@@ -134,6 +134,18 @@ cdef bytes limit_lines(Key key, Charge charge):
     return PyBytes_FromStringAndSize(lines, to - lines) if to != lines else None
 
 
+cdef inline void learn(Key key, double tokens) noexcept:
+    if key.mean_output_tokens <= 0:
+        key.mean_output_tokens = tokens
+    else:
+        key.mean_output_tokens += LEARNED_SHARE * (tokens - key.mean_output_tokens)
+
+
+def learn_output(Key key not None, int64_t tokens):
+    """See the stub."""
+    learn(key, <double> tokens)
+
+
 cdef int settle(
     Charge charge, Key key, InferenceRequest request, const Usage *usage, bint is_reported
 ) except -1:
@@ -148,11 +160,6 @@ cdef int settle(
         tokens += usage.output_tokens
         # Estimates, such as of a client that has left, say nothing about the key's responses.
         if is_reported and request.generates:
-            if key.mean_output_tokens <= 0:
-                key.mean_output_tokens = <double> usage.output_tokens
-            else:
-                key.mean_output_tokens += LEARNED_SHARE * (
-                    <double> usage.output_tokens - key.mean_output_tokens
-                )
+            learn(key, <double> usage.output_tokens)
     charge._end(tokens)
     return 0

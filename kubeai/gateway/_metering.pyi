@@ -25,4 +25,4 @@ def counted(
     completion: int,
     is_estimated: bool = False,
 ) -> None:
-    """Count a request. For tests: the fast path calls the compiled method."""
+    """Count a request that has ended before. The fast path calls the compiled method."""

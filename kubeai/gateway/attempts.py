@@ -18,6 +18,8 @@ from typing_extensions import override
 
 from kubeai.gateway._credentials import Problem
 from kubeai.gateway._fast_path import FastPath
+from kubeai.gateway._key_limits import expected_tokens
+from kubeai.gateway.background_responses import BackgroundResponse, is_background
 from kubeai.gateway.console import is_console
 from kubeai.gateway.denials import no_valid_key
 from kubeai.gateway.endpoint_pool import EndpointPool
@@ -26,7 +28,7 @@ from kubeai.gateway.holding import WAITED, HoldComments, advice, hold, progress
 from kubeai.gateway.realtime import last_event
 from kubeai.gateway.relay._exchange import CONNECT, INVALID, LOST, TIMEOUT
 from kubeai.gateway.retries import TIMED_OUT, Retries, check_loss
-from kubeai.gateway.stored_responses import owned
+from kubeai.gateway.stored_responses import new_id, with_id
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, engine_error, error_answer, header_lines
 from kubeai.openai.routes import Kind
@@ -180,7 +182,30 @@ class AdmittedRequest(FastPath):
     def owned_payload(self) -> bytes:
         assert self._payload is not None, "the request has a JSON body"
         assert self._key is not None, "only tenants own responses"
-        return owned(self._payload, self._key)
+        self._response_id = new_id(self._key)
+        return with_id(self._payload, self._response_id)
+
+    @override
+    def is_followed(self, prompt_tokens: int, sent_tokens: int) -> bool:
+        reservation, key = self._reservation, self._key
+        assert reservation is not None, "an attempt has a reservation"
+        assert key is not None, "only requests with a key are counted for one"
+        if self._response_id is None or self._payload is None or not is_background(self._payload):
+            return False
+        reserved = expected_tokens(key, self._prompt, self._request) - self._prompt.tokens
+        self.context.background_responses.follow(
+            BackgroundResponse(
+                self._response_id,
+                cast(EndpointPool, reservation.target).host,
+                self._routed,
+                key,
+                self._charge,
+                prompt_tokens,
+                sent_tokens,
+                reserved,
+            )
+        )
+        return True
 
     @override
     def moved(self, reservation: Reservation) -> None:

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from kubeai.gateway._fast_path import FastPathContext, JsonRoute
 from kubeai.gateway._metering import Meter
+from kubeai.gateway.background_responses import BackgroundResponses
 from kubeai.gateway.cors import CorsPolicy
 from kubeai.gateway.event_counts import EventCounter
 from kubeai.gateway.keys import Keys
@@ -96,6 +97,7 @@ class Context(FastPathContext):
         self._held: dict[str, int] = {}
         self._budgets: WeakKeyDictionary[RoutedModel, RetryBudget] = WeakKeyDictionary()
         self.stored_responses = StoredResponses()
+        self.background_responses = BackgroundResponses(self.meter)
         self.spooled_bytes = 0  # of multipart forms that are being received or sent
 
     def hold(

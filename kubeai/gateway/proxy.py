@@ -368,6 +368,7 @@ class Proxy(FallbackRequest):
         self._payload = self.body
         request = openai.named(self._kind, owner.model)
         reservation = self._admit(request, owner.routed, only=owner.endpoint)
+        self.context.background_responses.asked(response_id)
         if reservation is None:
             raise not_stored(response_id)
         return reservation

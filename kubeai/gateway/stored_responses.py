@@ -16,7 +16,7 @@ selectors. If an adapter made the response, the client gets its name as clients 
 
 If keys are required, a response belongs to the tenant whose key made it: no other one can read,
 cancel or continue it, and to others it does not exist. Its ID says whose it is. Both engines that
-store responses take the ID from the request's ``request_id``, so :func:`owned` has it begin with a
+store responses take the ID from the request's ``request_id``, so :func:`new_id` has it begin with a
 hash of the tenant's name, and :func:`check_owner` compares that before anything is looked up. This
 needs no memory, and holds for all workers and replicas and after restarts. What was made without a
 key belongs to nobody.
@@ -270,14 +270,18 @@ def _unsure(response_id: str, silent: list[str]) -> BadRequest:
     )
 
 
-def owned(payload: bytes, key: Key) -> bytes:
-    """The body of a request, so that a response that the engine stores belongs to the key's tenant.
+def new_id(key: Key) -> str:
+    """An ID for a response of the key's tenant. Each attempt needs another one."""
+    return f"resp_{_owner(key.tenant)}{uuid.uuid4().hex}"
+
+
+def with_id(payload: bytes, response_id: str) -> bytes:
+    """The body of a request, so that a response that the engine stores has this ID.
 
     ``payload``: a JSON object. A ``request_id`` of the client's loses, wherever it is: engines use
-    the last member of a name. Each attempt gets another ID.
+    the last member of a name.
     """
     end = payload.rindex(b"}")
-    response_id = f"resp_{_owner(key.tenant)}{uuid.uuid4().hex}"
     return b'%b,"request_id":"%b"}' % (payload[:end], response_id.encode())
 
 

@@ -110,6 +110,7 @@ class Worker:
         finally:
             self._server.close()
             await self._context.stored_responses.close()
+            await self._context.background_responses.close()
             await runner.cleanup()
             self._usage.close()
             self._context.events.flush()

@@ -9,7 +9,7 @@ from fakes.world import World
 from kubeai._keys import Key
 from kubeai.api.config.system import KeysConfig
 from kubeai.gateway.local_routes import make_app
-from kubeai.gateway.stored_responses import owned
+from kubeai.gateway.stored_responses import new_id
 from kubeai.routing.keys import KeyDelta, KeyRecord, KeySnapshot
 
 REQUIRED = KeysConfig(required=True)
@@ -25,8 +25,7 @@ def record(name: str, key: str, **fields: Any) -> KeyRecord:
 
 def stored_id(tenant: str) -> str:
     """The ID of a stored response that belongs to a tenant."""
-    key = Key(KeyRecord("key", b"", tenant))
-    return str(json.loads(owned(b'{"model":"m"}', key))["request_id"])
+    return new_id(Key(KeyRecord("key", b"", tenant)))
 
 
 def bearer(key: str) -> str:

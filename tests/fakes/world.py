@@ -163,6 +163,7 @@ class World:
         await self.at_rest()
         self.server.close()
         await self.context.stored_responses.close()
+        await self.context.background_responses.close()
         await self.runner.cleanup()
         for engine in self.engines.values():
             await engine.stop()

@@ -1,0 +1,227 @@
+"""Counts responses that an engine computes in the background, when it is done.
+
+With ``"background": true``, an engine that stores responses answers at once, or goes on when the
+client of a stream leaves. The request has then ended, but its tokens are not known, and the client
+need not ask for them. Therefore :class:`BackgroundResponses` of the worker that has sent the request
+asks the engine, which knows the response by the ID that the gateway has chosen. Until the response
+is done, the request counts as in flight for its key's limits, and its tokens are reserved. It is
+counted once, because only that worker does it.
+
+What the engine does not report is estimated: the tokens that were reserved if the response has been
+cancelled, or if this worker cannot learn its end; those that the client was sent if the response has
+failed or is lost.
+
+An engine is asked after ``PAUSE_MIN_S``, then at growing intervals up to ``PAUSE_MAX_S``, and when
+the client asks for the response. Limits: ``FOLLOWED_MAX_COUNT`` responses at a time, each for
+``FOLLOW_MAX_S``, or ``SILENT_MAX_S`` without an answer. Created by context.py, called by attempts.py
+and proxy.py, closed by the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import aiohttp
+import msgspec
+
+from kubeai._limits import TOKENS_MAX
+from kubeai.gateway._key_limits import learn_output
+from kubeai.gateway._metering import counted
+from kubeai.logs import get_logger
+
+if TYPE_CHECKING:
+    from kubeai._keys import Key
+    from kubeai._limits import Charge
+    from kubeai.gateway._metering import Meter
+    from kubeai.routing.table import RoutedModel
+
+log = get_logger(__name__)
+
+FOLLOWED_MAX_COUNT = 4096
+FOLLOW_MAX_S = 6 * 3600.0
+SILENT_MAX_S = 60.0  # an engine that has been restarted has lost its responses
+PAUSE_MIN_S, PAUSE_MAX_S = 0.5, 10.0
+PAUSE_SHARE = 0.125  # of the time that the response has taken so far
+ASK_TIMEOUT_S = 5.0
+CONNECTIONS_MAX_COUNT = 32  # of one worker
+RESPONSE_MAX_BYTES = 16 << 20
+_UNFINISHED = frozenset(("queued", "in_progress"))
+
+
+# Other numbers, like anything else that is unreadable, are no answer.
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
+
+
+class _Asked(msgspec.Struct):
+    background: Any = None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: Tokens | None = None
+
+
+class _Usage(msgspec.Struct):
+    input_tokens: Tokens
+    output_tokens: Tokens
+    input_tokens_details: _Details | None = None
+
+
+class _Response(msgspec.Struct):
+    status: str
+    usage: _Usage | None = None
+
+
+_asked_decoder = msgspec.json.Decoder(_Asked)
+_response_decoder = msgspec.json.Decoder(_Response)
+
+Missing = Literal["missing"]
+
+
+def is_background(payload: bytes) -> bool:
+    """Whether an engine may compute a response in the background.
+
+    Engines take other values than ``true`` for it, too. A payload that cannot be read may ask for
+    it as well: :class:`BackgroundResponses` then finds that there is no response.
+    """
+    try:
+        background = _asked_decoder.decode(payload).background
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return True
+    return background is not None and background is not False
+
+
+@dataclass(slots=True)
+class BackgroundResponse:
+    """A response whose tokens are not known yet. It is settled once."""
+
+    id: str
+    address: str  # of the engine that has it
+    routed: RoutedModel
+    key: Key
+    charge: Charge | None  # None: the key has no limits
+    prompt_tokens: int  # estimated, as all of these
+    sent_tokens: int  # of a stream, to its client
+    reserved_tokens: int  # of the output
+    wake: asyncio.Event = field(default_factory=asyncio.Event)  # to ask the engine at once
+
+
+class BackgroundResponses:
+    """The responses that one worker follows. ``meter``: None if there are no keys."""
+
+    def __init__(self, meter: Meter | None) -> None:
+        self._meter = meter
+        self._session: aiohttp.ClientSession | None = None  # made for the first response
+        self._followed: dict[str, BackgroundResponse] = {}  # by ID
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+
+    def __len__(self) -> int:
+        """The number of responses that are followed."""
+        return len(self._followed)
+
+    def follow(self, response: BackgroundResponse) -> None:
+        """Settle a response when the engine has computed it."""
+        self._followed[response.id] = response
+        if self._is_closed or len(self._followed) > FOLLOWED_MAX_COUNT:
+            self._settle(response, None)
+            return
+        task = asyncio.get_running_loop().create_task(self._follow(response))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def asked(self, response_id: str) -> None:
+        """The client asks for a response: it may be done."""
+        response = self._followed.get(response_id)
+        if response is not None:
+            response.wake.set()
+
+    async def close(self) -> None:
+        """Settle what is not done with the tokens that were reserved, and close the connections."""
+        self._is_closed = True
+        if self._followed:
+            log.info("usage of background responses is estimated", responses=len(self))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for response in list(self._followed.values()):
+            self._settle(response, None)
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _follow(self, response: BackgroundResponse) -> None:
+        self._settle(response, await self._end_of(response))
+
+    async def _end_of(self, response: BackgroundResponse) -> _Response | Missing | None:
+        """What the engine says about a response in the end; None: nothing, or too late."""
+        now_s = asyncio.get_running_loop().time
+        began_s = heard_s = now_s()
+        answer: _Response | Missing | None = None
+        while now_s() - began_s < FOLLOW_MAX_S and now_s() - heard_s < SILENT_MAX_S:
+            response.wake.clear()
+            pause_s = min(max(PAUSE_MIN_S, PAUSE_SHARE * (now_s() - began_s)), PAUSE_MAX_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(response.wake.wait(), pause_s)
+            answer = await self._ask(response)
+            if isinstance(answer, _Response):
+                heard_s = now_s()
+                if answer.status not in _UNFINISHED:
+                    return answer
+        return answer if answer == "missing" else None
+
+    async def _ask(self, response: BackgroundResponse) -> _Response | Missing | None:
+        """The state of a response; None: the engine does not say."""
+        if self._session is None:
+            self._session = _new_session()
+        url = f"http://{response.address}/v1/responses/{response.id}"
+        try:
+            async with self._session.get(url, allow_redirects=False) as found:
+                if found.status == 404:
+                    return "missing"
+                if found.status != 200:
+                    return None
+                body = bytearray()
+                async for piece in found.content.iter_any():
+                    body += piece
+                    if len(body) > RESPONSE_MAX_BYTES:
+                        return None
+            return _response_decoder.decode(body)
+        except (
+            *(aiohttp.ClientError, TimeoutError),
+            *(msgspec.DecodeError, UnicodeDecodeError, RecursionError),
+        ):
+            return None
+
+    def _settle(self, response: BackgroundResponse, answer: _Response | Missing | None) -> None:
+        """Count a response with what the engine has said about it in the end; None: nothing."""
+        del self._followed[response.id]
+        usage = answer.usage if isinstance(answer, _Response) else None
+        if usage is None:
+            output = response.sent_tokens
+            if not (answer == "missing" or (answer is not None and answer.status == "failed")):
+                output = max(output, response.reserved_tokens)
+            tokens = response.prompt_tokens, 0, output
+        else:
+            details = usage.input_tokens_details
+            cached = 0 if details is None else details.cached_tokens or 0
+            tokens = usage.input_tokens, cached, usage.output_tokens
+            learn_output(response.key, usage.output_tokens)
+            response.routed.picker.settle(response.key.share, usage.output_tokens)
+        if response.charge is not None:
+            response.charge.end(tokens[0] + tokens[2])
+        if self._meter is not None:
+            model = response.routed.route.model
+            counted(self._meter, response.key, model, *tokens, is_estimated=usage is None)
+
+
+def _new_session() -> aiohttp.ClientSession:
+    # Each request has a connection of its own: an engine with several API servers may have the
+    # response in any of them.
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX_COUNT, force_close=True),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=ASK_TIMEOUT_S),
+    )

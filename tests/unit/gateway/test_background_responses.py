@@ -1,0 +1,365 @@
+"""Responses that engines compute in the background are counted for their keys when they are done."""
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import uvloop
+from fakes.api_keys import REQUIRED
+from fakes.limited_keys import Clock, Rows, bearer, digest_of, key_for
+from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, until
+from fakes.world import World
+
+from kubeai._key_table import KeyTable, Use
+from kubeai._keys import Key
+from kubeai._limits import live
+from kubeai.gateway import background_responses
+from kubeai.gateway.background_responses import is_background
+
+LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
+PATH = "/openai/v1/responses"
+TEXT = "x" * 400
+DELTA = b'event: response.output_text.delta\ndata: {"delta":"hi"}\n\n'
+
+
+def usage(prompt: int, output: int, cached: int = 0) -> dict[str, Any]:
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": cached},
+        "output_tokens": output,
+    }
+
+
+@dataclass
+class Storing:
+    """An engine that computes responses in the background until a test says that it is done."""
+
+    responses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    asked: int = 0  # how often the state of a response was read
+    fails: bool = False  # to say what state a response is in
+
+    async def __call__(self, wire: Wire, request: Message) -> None:
+        if request.method == "POST" and request.target.endswith("/cancel"):
+            self.end(status="cancelled")
+        if request.method == "POST" and request.target == "/v1/responses":
+            body = json.loads(request.body)
+            made = {"id": body["request_id"], "status": "queued", "usage": None, "text": TEXT}
+            self.responses[made["id"]] = made
+            if body.get("stream"):
+                await wire.send(CHUNKED + chunk(DELTA) * 10)
+                await wire.reader.read()
+            else:
+                await wire.send(answer(200, json.dumps(made).encode()))
+            return
+        self.asked += 1
+        if self.fails:
+            raise Broken(b"", False)
+        stored = self.responses.get(request.target.split("/")[3])
+        await wire.send(answer(200 if stored else 404, json.dumps(stored or {}).encode()))
+
+    def end(self, **changes: Any) -> None:
+        for response in self.responses.values():
+            response.update(changes)
+
+    @property
+    def id(self) -> str:
+        (only,) = self.responses
+        return only
+
+
+class Keyed:
+    """A World with one key that has limits, and an engine that stores responses."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.table = KeyTable.create(8, 1)
+        self.clock = self.table.clock = Clock()
+        self.rows = Rows(self.table)
+        world.context.limits = KeyTable.attach(self.table.fd, 0)
+        world.context.limits.clock = self.clock
+        self.engine = Storing()
+
+    async def begin(self) -> None:
+        self.world.route("m", {"a": await self.world.engine(self.engine)})
+        key = key_for(self.rows, "k", tokens_per_minute=100_000, in_flight_max=10)
+        self.world.context.keys[key.digest] = key
+
+    @property
+    def key(self) -> Key:
+        return self.world.context.keys[digest_of("sk-k")]
+
+    @property
+    def use(self) -> Use:
+        return self.table.use(self.rows.rows["k"][0])
+
+    @property
+    def following(self) -> int:
+        return len(self.world.context.background_responses)
+
+    async def ask(self, **fields: Any) -> Wire:
+        wire = await self.world.client()
+        body = {"model": "m", "input": TEXT, "background": True, **fields}
+        await wire.send(post(PATH, json.dumps(body).encode(), bearer("k")))
+        return wire
+
+    async def start(self, **fields: Any) -> None:
+        """Have the engine compute a response in the background."""
+        wire = await self.ask(**fields)
+        assert json.loads((await wire.answer()).body)["status"] == "queued"
+        await self.world.at_rest()
+
+    async def counted(self) -> tuple[int, ...]:
+        """Requests, estimated requests, prompt, cached and completion tokens, in the end."""
+        await until(lambda: self.following == 0, "the response is settled")
+        await self.world.at_rest()
+        (row,) = self.world.context.meter.take()
+        assert (row.key, row.tenant, row.model) == ("k", "k", "m")
+        return row[3:]
+
+    def close(self) -> None:
+        for table in (self.world.context.limits, self.table):
+            table.close()
+
+
+@pytest.fixture
+async def keyed(start, monkeypatch):
+    monkeypatch.setattr(background_responses, "PAUSE_MIN_S", 0.01)
+    monkeypatch.setattr(background_responses, "PAUSE_MAX_S", 0.01)
+    keyed = Keyed(await start(keys=REQUIRED))
+    await keyed.begin()
+    yield keyed
+    await keyed.world.at_rest()
+    await keyed.world.context.background_responses.close()
+    assert keyed.use.in_flight == 0
+    assert live() == 0
+    keyed.close()
+
+
+async def test_the_tokens_that_the_engine_reports_in_the_end_are_charged_and_counted(keyed):
+    await keyed.start(max_output_tokens=5000)
+    assert keyed.use.in_flight == 1
+    assert keyed.use.tokens > 5000
+    assert keyed.world.context.meter.take() == ()
+    keyed.engine.end(status="completed", usage=usage(110, 4000, cached=64))
+    assert await keyed.counted() == (1, 0, 110, 64, 4000)
+    assert keyed.use == Use(0, 1, 4110)
+    assert keyed.key.mean_output_tokens == 4000
+
+
+@pytest.mark.parametrize(
+    ("end", "output", "estimated"),
+    [
+        ({"status": "incomplete", "usage": usage(110, 300)}, 300, 0),
+        ({"status": "cancelled", "usage": usage(110, 20)}, 20, 0),
+        ({"status": "cancelled"}, 300, 1),
+        ({"status": "completed"}, 300, 1),
+        ({"status": "failed"}, 0, 1),
+    ],
+)
+async def test_without_a_report_the_reserved_tokens_are_used_unless_the_engine_has_failed(
+    keyed, end, output, estimated
+):
+    await keyed.start(max_output_tokens=300)
+    keyed.engine.end(**end)
+    requests, how_many, prompt, _, completion = await keyed.counted()
+    assert (requests, how_many, completion) == (1, estimated, output)
+    assert keyed.use == Use(0, 1, prompt + output)
+    assert keyed.key.mean_output_tokens == (0 if estimated else output)
+
+
+async def test_a_response_that_is_lost_with_its_engine_is_charged_its_prompt(keyed, monkeypatch):
+    await keyed.start(max_output_tokens=300)
+    await until(lambda: keyed.engine.asked, "the engine is asked")
+    keyed.engine.responses.clear()
+    monkeypatch.setattr(background_responses, "SILENT_MAX_S", 0.02)
+    requests, estimated, prompt, _, completion = await keyed.counted()
+    assert (requests, estimated, completion) == (1, 1, 0)
+    assert keyed.use == Use(0, 1, prompt)
+
+
+async def test_an_engine_that_misses_a_response_is_asked_again(keyed):
+    await keyed.start()
+    lost, keyed.engine.responses = keyed.engine.responses, {}
+    asked = keyed.engine.asked
+    await until(lambda: keyed.engine.asked > asked, "the engine says that it has no such response")
+    keyed.engine.responses = lost
+    keyed.engine.end(status="completed", usage=usage(110, 4))
+    assert await keyed.counted() == (1, 0, 110, 0, 4)
+
+
+@pytest.mark.parametrize("limit", ["SILENT_MAX_S", "FOLLOW_MAX_S"])
+async def test_an_engine_that_does_not_say_in_time_costs_the_reserved_tokens(
+    keyed, monkeypatch, limit
+):
+    await keyed.start(max_output_tokens=300)
+    keyed.engine.fails = limit == "SILENT_MAX_S"
+    monkeypatch.setattr(background_responses, limit, 0.02)
+    requests, estimated, prompt, _, completion = await keyed.counted()
+    assert (requests, estimated, completion) == (1, 1, 300)
+    assert keyed.use == Use(0, 1, prompt + 300)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {"status": "completed", "usage": usage(-1, 5)},
+        {"status": "completed", "usage": usage(5, 1 << 40)},
+        {"status": 7},
+    ],
+)
+async def test_an_unreadable_state_is_no_answer(keyed, nonsense):
+    await keyed.start()
+    keyed.engine.end(**nonsense)
+    asked = keyed.engine.asked
+    await until(lambda: keyed.engine.asked > asked + 1, "the engine is asked again")
+    keyed.engine.end(status="completed", usage=usage(110, 4))
+    assert await keyed.counted() == (1, 0, 110, 0, 4)
+
+
+async def test_a_stream_that_goes_on_without_its_client_is_counted_when_it_is_done(keyed):
+    wire = await keyed.ask(stream=True)
+    await wire.head()
+    await wire.reader.readuntil(DELTA)
+    wire.reset()
+    await until(lambda: keyed.following, "the response is followed")
+    assert keyed.use.in_flight == 1
+    keyed.engine.end(status="completed", usage=usage(110, 900))
+    assert await keyed.counted() == (1, 0, 110, 0, 900)
+    assert keyed.use == Use(0, 1, 1010)
+
+
+async def test_a_cancelled_stream_costs_what_its_client_was_sent_if_that_is_more(keyed):
+    wire = await keyed.ask(stream=True, max_output_tokens=1)
+    await wire.head()
+    await wire.reader.readuntil(DELTA * 10)
+    wire.reset()
+    await until(lambda: keyed.following, "the response is followed")
+    keyed.engine.end(status="cancelled")
+    *_, completion = await keyed.counted()
+    assert completion == len(DELTA) * 10 // 220 > 1
+
+
+async def test_a_client_that_leaves_before_the_answer_is_charged_what_the_engine_computes(keyed):
+    engine, begun = keyed.engine, asyncio.Event()
+
+    async def script(wire: Wire, request: Message) -> None:
+        if request.method == "GET":
+            await engine(wire, request)
+            return
+        made = json.loads(request.body)["request_id"]
+        engine.responses[made] = {"id": made, "status": "in_progress"}
+        begun.set()
+        await wire.reader.read()
+
+    keyed.world.route("m", {"a": await keyed.world.engine(script)})
+    wire = await keyed.ask()
+    await begun.wait()
+    wire.reset()
+    await until(lambda: keyed.following, "the response is followed")
+    engine.end(status="completed", usage=usage(110, 900))
+    assert await keyed.counted() == (1, 0, 110, 0, 900)
+
+
+async def test_a_response_in_the_foreground_is_not_followed(keyed):
+    wire = await keyed.ask(stream=True, background=False)
+    await wire.head()
+    await wire.reader.readuntil(DELTA)
+    wire.reset()
+    await keyed.world.at_rest()
+    assert (keyed.following, keyed.use.in_flight) == (0, 0)
+    (row,) = keyed.world.context.meter.take()
+    assert (row.requests, row.estimated_requests) == (1, 1)
+    assert keyed.engine.asked == 0
+
+
+async def test_a_response_that_the_engine_refuses_is_not_followed(keyed):
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(answer(400, b'{"error":{"message":"no store"}}'))
+
+    keyed.world.route("m", {"a": await keyed.world.engine(script)})
+    wire = await keyed.ask()
+    assert (await wire.answer()).status == 400
+    await keyed.world.at_rest()
+    assert keyed.following == 0
+    assert keyed.use == Use(0, 1, 0)
+
+
+async def test_responses_in_the_background_are_in_flight_for_the_limit(keyed):
+    key = key_for(keyed.rows, "k", in_flight_max=2)
+    keyed.world.context.keys[key.digest] = key
+    await keyed.start()
+    await keyed.start()
+    wire = await keyed.ask()
+    refused = await wire.answer()
+    assert refused.status == 429
+    assert "2 requests in flight" in json.loads(refused.body)["error"]["message"]
+    keyed.engine.end(status="completed", usage=usage(110, 4))
+    await until(lambda: keyed.use.in_flight == 0)
+    await keyed.start()
+    keyed.engine.end(status="completed", usage=usage(110, 4))
+    assert await keyed.counted() == (3, 0, 330, 0, 12)
+
+
+async def test_a_client_that_asks_has_it_settled_at_once_and_is_not_charged_again(
+    keyed, monkeypatch
+):
+    monkeypatch.setattr(background_responses, "PAUSE_MIN_S", 3600.0)
+    monkeypatch.setattr(background_responses, "PAUSE_MAX_S", 3600.0)
+    await keyed.start(max_output_tokens=300)
+    keyed.engine.end(status="completed", usage=usage(110, 40))
+    wire = await keyed.world.client()
+    lines = f"GET {PATH}/{keyed.engine.id} HTTP/1.1\r\nHost: x\r\n{bearer('k')}\r\n\r\n"
+    for _ in range(3):
+        await wire.send(lines.encode())
+        assert json.loads((await wire.answer()).body)["status"] == "completed"
+    assert await keyed.counted() == (4, 0, 110, 0, 40)
+    assert keyed.use == Use(0, 4, 150)
+
+
+@pytest.mark.parametrize("turns", [0, 20])
+async def test_a_worker_that_ends_counts_the_reserved_tokens(keyed, monkeypatch, turns):
+    monkeypatch.setattr(background_responses, "PAUSE_MIN_S", 3600.0)
+    monkeypatch.setattr(background_responses, "PAUSE_MAX_S", 3600.0)
+    await keyed.start(max_output_tokens=300)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await keyed.world.context.background_responses.close()
+    *_, completion = await keyed.counted()
+    assert completion == 300
+    await keyed.start(max_output_tokens=200)  # the last request of the worker
+    *_, completion = await keyed.counted()
+    assert completion == 200
+
+
+async def test_beyond_the_limit_of_followed_responses_the_reserved_tokens_are_counted(
+    keyed, monkeypatch
+):
+    monkeypatch.setattr(background_responses, "FOLLOWED_MAX_COUNT", 1)
+    await keyed.start(max_output_tokens=300)
+    await keyed.start(max_output_tokens=300)
+    assert keyed.following == 1
+    (row,) = keyed.world.context.meter.take()
+    assert (row.estimated_requests, row.completion_tokens) == (1, 300)
+    keyed.engine.end(status="completed", usage=usage(110, 4))
+    assert await keyed.counted() == (1, 0, 110, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        (b'{"background":true}', True),
+        (b'{"b\\u0061ckground":true}', True),
+        (b'{"background":false,"background":true}', True),
+        (b'{"background":"yes"}', True),
+        (b'{"background":1}', True),
+        (b'{"background":false}', False),
+        (b'{"background":null}', False),
+        (b'{"input":"\\"background\\":true"}', False),
+        (b'{"metadata":{"background":true}}', False),
+        (b'{"temperature":NaN}', True),  # unreadable here; the engine may read it
+    ],
+)
+def test_a_body_may_ask_for_the_background(payload, expected):
+    assert is_background(payload) is expected
