@@ -48,7 +48,7 @@ class Storing:
             made = {"id": body["request_id"], "status": "queued", "usage": None, "text": TEXT}
             self.responses[made["id"]] = made
             if body.get("stream"):
-                await wire.send(CHUNKED + chunk(DELTA) * 10)
+                await wire.send(CHUNKED + chunk(DELTA * 10))
                 await wire.reader.read()
             else:
                 await wire.send(answer(200, json.dumps(made).encode()))
