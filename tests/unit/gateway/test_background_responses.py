@@ -238,7 +238,7 @@ async def test_a_cancelled_stream_costs_what_its_client_was_sent_if_that_is_more
     await until(lambda: keyed.following, "the response is followed")
     keyed.engine.end(status="cancelled")
     *_, completion = await keyed.counted()
-    assert completion == len(DELTA) * 10 // 220 > 1
+    assert completion >= len(DELTA) * 10 // 220 > 1
 
 
 async def test_a_client_that_leaves_before_the_answer_is_charged_what_the_engine_computes(keyed):

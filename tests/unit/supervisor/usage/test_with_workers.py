@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from fakes.fleet import Fleet
 from fakes.kube import FakeKube
-from fakes.wire import CHUNKED, Engine, chunk, until
+from fakes.wire import CHUNKED, Engine, answer, chunk, until
 
 from kubeai.api.api_key import ApiKey
 from kubeai.api.usage import UsageCounts, decode_usage
@@ -79,3 +79,56 @@ async def test_each_request_is_counted_once_and_kept_when_the_replica_stops(serv
         "acme",
         {"m": UsageCounts(43, 0, 43 * 12, 43 * 8, 43 * 7, day)},
     )
+
+
+async def test_a_background_response_is_counted_by_the_worker_that_sent_it(served_background):
+    fleet, engine_of, post = served_background
+    ids = [await post() for _ in range(8)]  # over two workers
+    engine_of.update(dict.fromkeys(ids, {"status": "completed", "usage": BACKGROUND_USAGE}))
+    await until(lambda: counts_of(fleet).requests == 8, "all are reported")
+    lost = await post()  # not done when the workers end
+    engine_of[lost] = {"status": "in_progress"}
+    await fleet.close()
+    counts = counts_of(fleet)
+    assert (counts.requests, counts.estimated_requests) == (9, 1)
+    assert counts.completion_tokens == 8 * 300 + MAX_OUTPUT
+
+
+MAX_OUTPUT = 400
+BACKGROUND_USAGE = {"input_tokens": 5, "output_tokens": 300}
+
+
+def counts_of(fleet):
+    totals = fleet.supervisor._usage.ledger.totals
+    return totals["alice"].models["m"] if totals else UsageCounts()
+
+
+@pytest.fixture
+async def served_background():
+    """Workers, the states of the engine's responses by ID, and a function that starts another."""
+    states = {}
+
+    async def script(wire, request):
+        if request.method == "POST":
+            made = json.loads(request.body)["request_id"]
+            await wire.send(answer(200, json.dumps({"id": made, "status": "queued"}).encode()))
+            return
+        state = states.get(request.target.split("/")[3], {"status": "queued"})
+        await wire.send(answer(200, json.dumps(state).encode()))
+
+    engine = await Engine(script).start()
+    route = Route("m", "VLLM", endpoints=(Endpoint("pod", engine.address),))
+    digest = hashlib.sha256(b"sk-alice").digest()
+    fleet = await Fleet.start([route], workers=2, keys=[ApiKey("alice", digest, "acme")])
+
+    async def post():
+        body = {"model": "m", "input": "hi", "background": True, "max_output_tokens": MAX_OUTPUT}
+        async with (
+            aiohttp.ClientSession(headers={"Authorization": "Bearer sk-alice"}) as session,
+            session.post(f"http://127.0.0.1:{fleet.port}/v1/responses", json=body) as response,
+        ):
+            return json.loads(await response.read())["id"]
+
+    yield fleet, states, post
+    await fleet.close()
+    await engine.stop()
