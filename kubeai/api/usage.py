@@ -3,18 +3,21 @@
 A ConfigMap with the label :data:`USAGE_LABEL` has one entry per key, named as the key's Secret. It
 is JSON with the tenant and, for each Model, a :class:`UsageCounts` as a list. A key may have
 entries in several of these ConfigMaps; its usage is their sum. Written by supervisor/usage,
-read by ``kubeai usage``.
+read by ``kubeai usage`` and the console.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
+
+from kubeai.errors import KubeAIError
 
 USAGE_LABEL = "kubeai.org/usage"
 USAGE_SELECTOR = f"{USAGE_LABEL}=true"
 USAGE_NAME = "kubeai-usage"  # of the ConfigMaps, with a number
+GROUPS = ("key", "tenant", "model")  # by which usage can be added up
 
 
 class UsageCounts(msgspec.Struct, array_like=True):
@@ -90,3 +93,52 @@ def total_usage(entries: Iterable[tuple[str, KeyUsage]]) -> dict[str, KeyUsage]:
         sum_.add(usage)
         sum_.tenant = tenant
     return total
+
+
+def stored_usage(data: Iterable[Mapping[str, str]]) -> dict[str, KeyUsage]:
+    """The usage of all keys, by key. ``data``: of the ConfigMaps.
+
+    KubeAIError if an entry is malformed.
+    """
+    return total_usage(_entries(data))
+
+
+def _entries(data: Iterable[Mapping[str, str]]) -> Iterable[tuple[str, KeyUsage]]:
+    for each in data:
+        for key, text in each.items():
+            try:
+                yield key, decode_usage(text)
+            except ValueError as error:
+                raise KubeAIError(
+                    f"the stored usage of the key {key} is malformed ({error}); remove its entry "
+                    f"from the ConfigMap, see kubectl get configmaps -l {USAGE_SELECTOR}"
+                ) from None
+
+
+class Usage(msgspec.Struct):
+    """The usage of a group of keys and Models: names of the group, and its sums."""
+
+    names: dict[str, str]  # of "key", "tenant" and "model", those that all in the group share
+    counts: UsageCounts
+
+    def row(self) -> dict[str, str | int]:
+        """The names and the counts, in the order of the columns."""
+        values = zip(
+            UsageCounts.__struct_fields__, msgspec.structs.astuple(self.counts), strict=True
+        )
+        return {**self.names, **dict(values)}
+
+
+def grouped(total: Mapping[str, KeyUsage], by: str) -> list[Usage]:
+    """The usage by one of GROUPS, or by key and Model (""); sorted by name."""
+    groups: dict[tuple[str, ...], Usage] = {}
+    for key, usage in total.items():
+        for model, counts in usage.models.items():
+            names = {"key": key, "tenant": usage.tenant, "model": model}
+            if by == "key":
+                del names["model"]
+            elif by:
+                names = {by: names[by]}
+            group = groups.setdefault(tuple(names.values()), Usage(names, UsageCounts()))
+            group.counts.add(counts)
+    return [groups[names] for names in sorted(groups)]

@@ -32,10 +32,11 @@ def usage(
 
     Reads what KubeAI stores in ConfigMaps every 30 seconds.
     """
+    from kubeai.api.usage import GROUPS, grouped
     from kubeai.client import usage as client
 
-    if by not in ("", *client.GROUPS):
-        raise KubeAIError(f"--by: {by!r} is not one of {', '.join(client.GROUPS)}")
+    if by not in ("", *GROUPS):
+        raise KubeAIError(f"--by: {by!r} is not one of {', '.join(GROUPS)}")
     if as_json and as_csv:
         raise KubeAIError("--json and --csv exclude each other")
 
@@ -43,7 +44,7 @@ def usage(
         async with connected(kubeconfig) as kube:
             return await client.read_usage(kube, namespace or kube.namespace)
 
-    usages = client.grouped(asyncio.run(read()), by)
+    usages = grouped(asyncio.run(read()), by)
     if as_json:
         client.write_json(usages, sys.stdout)
     elif as_csv:

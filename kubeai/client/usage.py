@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import IO
 
 import msgspec
 
 from kubeai.api.usage import (
+    GROUPS,
     USAGE_SELECTOR,
     KeyUsage,
+    Usage,
     UsageCounts,
-    decode_usage,
-    total_usage,
+    stored_usage,
 )
-from kubeai.errors import KubeAIError
 from kubeai.kube.client import Kube
 from kubeai.kube.resources import CONFIGMAPS
 from kubeai.logs import printable
 
-GROUPS = ("key", "tenant", "model")
 _HEADINGS = {
     "key": "KEY",
     "tenant": "TENANT",
@@ -32,56 +31,17 @@ _HEADINGS = {
     "completion_tokens": "COMPLETION",
     "last_day": "LAST USED",
 }
-_COUNTS = tuple(_HEADINGS)[len(GROUPS) :]
+_COUNTS = UsageCounts.__struct_fields__
 
 
 class _ConfigMap(msgspec.Struct):
     data: dict[str, str] | None = None
 
 
-class Usage(msgspec.Struct):
-    """The usage of a group of keys and Models: names of the group, and its sums."""
-
-    names: dict[str, str]  # of "key", "tenant" and "model", those that all in the group share
-    counts: UsageCounts
-
-    def row(self) -> dict[str, str | int]:
-        """The names and the counts, in the order of the columns."""
-        values = zip(_COUNTS, msgspec.structs.astuple(self.counts), strict=True)
-        return {**self.names, **dict(values)}
-
-
 async def read_usage(kube: Kube, namespace: str) -> dict[str, KeyUsage]:
     """The usage of all keys, by key. KubeAIError if an entry is malformed."""
     found, _ = await kube.list(CONFIGMAPS, namespace, labels=USAGE_SELECTOR, type=_ConfigMap)
-    return total_usage(_entries(found))
-
-
-def _entries(found: Iterable[_ConfigMap]) -> Iterable[tuple[str, KeyUsage]]:
-    for each in found:
-        for key, text in (each.data or {}).items():
-            try:
-                yield key, decode_usage(text)
-            except ValueError as error:
-                raise KubeAIError(
-                    f"the stored usage of the key {key} is malformed ({error}); remove its entry "
-                    f"from the ConfigMap, see kubectl get configmaps -l {USAGE_SELECTOR}"
-                ) from None
-
-
-def grouped(total: Mapping[str, KeyUsage], by: str) -> list[Usage]:
-    """The usage by one of GROUPS, or by key and Model (""); sorted by name."""
-    groups: dict[tuple[str, ...], Usage] = {}
-    for key, usage in total.items():
-        for model, counts in usage.models.items():
-            names = {"key": key, "tenant": usage.tenant, "model": model}
-            if by == "key":
-                del names["model"]
-            elif by:
-                names = {by: names[by]}
-            group = groups.setdefault(tuple(names.values()), Usage(names, UsageCounts()))
-            group.counts.add(counts)
-    return [groups[names] for names in sorted(groups)]
+    return stored_usage(each.data or {} for each in found)
 
 
 def write_json(usages: Sequence[Usage], out: IO[str]) -> None:

@@ -2,19 +2,19 @@
 
 With ``"background": true``, an engine that stores responses answers at once, or goes on when the
 client of a stream leaves. The request has then ended, but its tokens are not known, and the client
-need not ask for them. Therefore :class:`BackgroundResponses` of the worker that has sent the request
-asks the engine, which knows the response by the ID that the gateway has chosen. Until the response
-is done, the request counts as in flight for its key's limits, and its tokens are reserved. It is
-counted once, because only that worker does it.
+need not ask for them. Therefore :class:`BackgroundResponses` of the worker that has sent the
+request asks the engine, which knows the response by the ID that the gateway has chosen. Until the
+response is done, the request counts as in flight for its key's limits, and its tokens are reserved.
+It is counted once, because only that worker does it.
 
-What the engine does not report is estimated: the tokens that were reserved if the response has been
-cancelled, or if this worker cannot learn its end; those that the client was sent if the response has
-failed or is lost.
+What the engine does not report is estimated: the tokens that were reserved if the response has
+been cancelled, or if this worker cannot learn its end; those that the client was sent if the
+response has failed or is lost.
 
 An engine is asked after ``PAUSE_MIN_S``, then at growing intervals up to ``PAUSE_MAX_S``, and when
 the client asks for the response. Limits: ``FOLLOWED_MAX_COUNT`` responses at a time, each for
-``FOLLOW_MAX_S``, or ``SILENT_MAX_S`` without an answer. Created by context.py, called by attempts.py
-and proxy.py, closed by the worker.
+``FOLLOW_MAX_S``, or ``SILENT_MAX_S`` without an answer. Created by context.py, called by
+attempts.py and proxy.py, closed by the worker.
 """
 
 from __future__ import annotations

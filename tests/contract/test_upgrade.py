@@ -25,7 +25,8 @@ from sites import RELEASE, Site, hub_with_weights, release_cluster
 
 from kubeai.api.config.system import parse_config
 from kubeai.api.model import decode_model
-from kubeai.client.usage import grouped, read_usage
+from kubeai.api.usage import grouped
+from kubeai.client.usage import read_usage
 from kubeai.kube.resources import CONFIGMAPS, CRDS, MODELS, PODS, PVCS, SECRETS
 from kubeai.operator.plan import Template, template_of
 

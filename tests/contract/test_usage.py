@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from kubeai.client.usage import grouped, read_usage
+from kubeai.api.usage import grouped
+from kubeai.client.usage import read_usage
 from kubeai.kube.resources import CONFIGMAPS
 from kubeai.routing.usage import UsageReport, UsageRow
 from kubeai.supervisor.usage.book import UsageBook

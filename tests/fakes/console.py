@@ -67,11 +67,16 @@ class FakeKube:
         self.objects = {}
         self.lines = [b"hello\n"]
         self.allowed = set()
+        self.config_maps = []
 
     def _call(self, *call):
         self.calls.append(call)
         if self.fault is not None:
             raise self.fault
+
+    async def list(self, r, namespace="", *, labels="", type):
+        self._call("list", r.plural, namespace, labels)
+        return [msgspec.convert(each, type) for each in self.config_maps], "1"
 
     async def get(self, r, name, namespace=""):
         if name not in self.objects:

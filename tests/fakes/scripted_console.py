@@ -15,14 +15,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 from aiohttp import web
 
 import kubeai
 from kubeai._keys import Key
+from kubeai.api.usage import KeyUsage, encode_usage
 from kubeai.gateway import login
 from kubeai.openai.errors import BadRequest
 from kubeai.routing.keys import KeyRecord
+from kubeai.supervisor.console.usage import table_of
 
 STATIC = Path(kubeai.__file__).parent / "supervisor" / "console" / "static"
 HEADERS = {
@@ -145,6 +148,7 @@ class ScriptedConsole:
         self.chat = Chat.at_once()
         self.calls: list[tuple[str, str, Any]] = []  # method, path, body of requests that change
         self.asked: list[dict[str, Any]] = []  # bodies of requests to the public API
+        self.usage: dict[str, KeyUsage] = {}  # by key
         self.admins_key = ""  # empty: no keys are required
         self.left = asyncio.Event()  # a client left before its chat was answered
         self.port = 0
@@ -162,6 +166,7 @@ class ScriptedConsole:
         app.router.add_get("/ui/", self._index)
         app.router.add_static("/ui/static", STATIC)
         app.router.add_get("/ui/api/events", self._events)
+        app.router.add_get("/ui/api/usage", self._usage)
         app.router.add_get("/ui/api/models/{name}", self._model)
         app.router.add_get("/ui/api/models/{name}/log", self._log)
         app.router.add_post("/ui/api/models/{name}/scale", self._scale)
@@ -256,6 +261,13 @@ class ScriptedConsole:
 
     async def _index(self, _: web.Request) -> web.StreamResponse:
         return web.FileResponse(STATIC / "index.html")
+
+    async def _usage(self, request: web.Request) -> web.StreamResponse:
+        if "usage" in self.refusals:
+            return error(*self.refusals["usage"])
+        data = {key: encode_usage(usage) for key, usage in self.usage.items()}
+        table = table_of([data], request.query["by"])
+        return web.json_response(msgspec.to_builtins(table))
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         if refusal := self.refusals.get("events"):

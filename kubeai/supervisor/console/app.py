@@ -31,6 +31,7 @@ from kubeai.supervisor.console.actions import Actions, refusal
 from kubeai.supervisor.console.events import Hub
 from kubeai.supervisor.console.state import Fleet, State, Worker
 from kubeai.supervisor.console.traffic import Traffic
+from kubeai.supervisor.console.usage import read_table
 
 log = get_logger(__name__)
 
@@ -164,6 +165,7 @@ class Console:
         add("GET", "/ui/", _page)
         add("GET", "/ui/api/events", self._hub.stream)
         add("GET", "/ui/api/state", self._get_state)
+        add("GET", "/ui/api/usage", self._get_usage)
         add("POST", "/ui/api/apply", self._apply)
         add("GET", "/ui/api/models/{name}", self._get_model)
         add("DELETE", "/ui/api/models/{name}", self._delete)
@@ -192,6 +194,10 @@ class Console:
 
     async def _get_state(self, _: web.Request) -> web.Response:
         return _json(await self.state())
+
+    async def _get_usage(self, request: web.Request) -> web.Response:
+        by = request.query.get("by", "")
+        return _json(await read_table(self._kube, self._namespace, by))
 
     async def _get_model(self, request: web.Request) -> web.Response:
         view = self._view(request)

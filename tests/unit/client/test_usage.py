@@ -7,8 +7,8 @@ import json
 import pytest
 from fakes.kube import FakeKube
 
-from kubeai.api.usage import KeyUsage, UsageCounts, encode_usage
-from kubeai.client.usage import GROUPS, grouped, read_usage, write_csv, write_json, write_table
+from kubeai.api.usage import GROUPS, KeyUsage, UsageCounts, encode_usage, grouped
+from kubeai.client.usage import read_usage, write_csv, write_json, write_table
 from kubeai.errors import KubeAIError
 
 

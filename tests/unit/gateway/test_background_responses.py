@@ -1,4 +1,4 @@
-"""Responses that engines compute in the background are counted for their keys when they are done."""
+"""Responses that engines compute in the background are counted when they are done."""
 
 import asyncio
 import json

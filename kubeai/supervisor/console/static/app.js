@@ -10,6 +10,7 @@ import { announce } from "./notices.js";
 import { showPlayground } from "./playground.js";
 import { showRequests } from "./requests.js";
 import { store } from "./store.js";
+import { showUsage } from "./usage.js";
 
 const RECOVERED_S = 5; // how long the banner says that the connection is back
 
@@ -30,7 +31,7 @@ let shown = false;
 function parse(hash) {
   const parts = hash.replace(/^#\/?/, "").split("/").map(decode);
   if (parts[0] === "models" && parts[1]) return ["model", parts[1], parts[2] ?? ""];
-  if (parts[0] === "requests") return ["requests"];
+  if (parts[0] === "requests" || parts[0] === "usage") return [parts[0]];
   if (parts[0] === "playground") return ["playground", parts[1] ?? ""];
   return ["models"];
 }
@@ -50,7 +51,7 @@ function route() {
   main.replaceChildren();
   main.dataset.view = view;
   const show = { models: showModels, model: showModel, requests: showRequests,
-    playground: showPlayground }[view];
+    playground: showPlayground, usage: showUsage }[view];
   const title = show(main, leave.signal, ...rest);
   document.title = `${title} · KubeAI`;
   for (const each of document.querySelectorAll("#views a")) {
@@ -131,6 +132,7 @@ function showState() {
   setAttribute(workers, "title", all.map(({ worker, ready: up, restarts }) =>
     `Worker ${worker}: ${up ? "ready" : "not ready"}, ${plural(restarts, "restart")}`).join("\n"));
   setAttribute(logout, "hidden", !store.state.keys);
+  setAttribute(document.getElementById("usage-link"), "hidden", !store.state.keys);
   setText(document.getElementById("version"), `KubeAI ${version}`);
   setText(document.getElementById("namespace"), local ? "on this machine"
     : `namespace ${namespace}`);

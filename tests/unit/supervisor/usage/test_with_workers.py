@@ -82,12 +82,12 @@ async def test_each_request_is_counted_once_and_kept_when_the_replica_stops(serv
 
 
 async def test_a_background_response_is_counted_by_the_worker_that_sent_it(served_background):
-    fleet, engine_of, post = served_background
+    fleet, states, post = served_background
     ids = [await post() for _ in range(8)]  # over two workers
-    engine_of.update(dict.fromkeys(ids, {"status": "completed", "usage": BACKGROUND_USAGE}))
+    states |= {each: {"status": "completed", "usage": BACKGROUND_USAGE} for each in ids}
     await until(lambda: counts_of(fleet).requests == 8, "all are reported")
     lost = await post()  # not done when the workers end
-    engine_of[lost] = {"status": "in_progress"}
+    states[lost] = {"status": "in_progress"}
     await fleet.close()
     counts = counts_of(fleet)
     assert (counts.requests, counts.estimated_requests) == (9, 1)
