@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from kubeai.api.usage import GROUPS, USAGE_SELECTOR, UsageCounts, grouped, stored_usage
+from kubeai.api.usage import GROUPS, USAGE_SELECTOR, Usage, UsageCounts, grouped, stored_usage
 from kubeai.errors import KubeAIError, quoted
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
@@ -21,9 +21,9 @@ ROWS_MAX_COUNT = 1000  # those with the most tokens; there may be 100,000
 class UsageTable(msgspec.Struct):
     """Usage by key and Model, or by one of GROUPS."""
 
-    rows: list[dict[str, str | int]]  # the names of the group, and UsageCounts
+    rows: list[dict[str, str | int]]  # the names of the group, and the fields of UsageCounts
     count: int  # of all rows
-    total: UsageCounts
+    total: dict[str, str | int]  # of all rows: the fields of UsageCounts
 
 
 class _ConfigMap(msgspec.Struct):
@@ -47,11 +47,12 @@ async def read_table(kube: Kube, namespace: str, by: str) -> UsageTable:
 def table_of(data: Iterable[Mapping[str, str]], by: str) -> UsageTable:
     """The usage in ConfigMaps with these data, by one of GROUPS or by key and Model ("")."""
     usages = grouped(stored_usage(data), by)
-    total = UsageCounts()
+    total = Usage({}, UsageCounts())
     for usage in usages:
-        total.add(usage.counts)
+        total.counts.add(usage.counts)
     usages.sort(key=lambda usage: _tokens(usage.counts), reverse=True)
-    return UsageTable([usage.row() for usage in usages[:ROWS_MAX_COUNT]], len(usages), total)
+    shown = usages[:ROWS_MAX_COUNT]
+    return UsageTable([usage.row() for usage in shown], len(usages), total.row())
 
 
 def _tokens(counts: UsageCounts) -> tuple[int, int]:
