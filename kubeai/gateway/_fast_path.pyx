@@ -456,7 +456,8 @@ cdef class FastPath(EarlyStream):
         Afterwards all of ``usage`` is known, or estimated.
         """
         cdef Usage *usage = &self.usage
-        cdef bint is_estimated = self._estimate(meter)
+        cdef str model = self._routed.route.model
+        cdef bint is_estimated = self._estimate(meter, model)
         if (
             self._kind is RESPONSES
             and not is_reported
@@ -468,7 +469,7 @@ cdef class FastPath(EarlyStream):
         ):
             self._charge = None  # ended with the response
         else:
-            meter.count(self._key, self._routed.route.model, usage, is_estimated)
+            meter.count(self._key, model, usage, is_estimated)
         return 0
 
     cdef bint _has_response(self) noexcept:
@@ -477,10 +478,9 @@ cdef class FastPath(EarlyStream):
             200 <= self.status < 300 or (self.status == 0 and not self.whole)
         )
 
-    cdef bint _estimate(self, Meter meter) except -1:
+    cdef bint _estimate(self, Meter meter, str model) except -1:
         """Estimate what is not known of ``usage``; returns whether anything is estimated."""
         cdef Usage *usage = &self.usage
-        cdef str model = self._routed.route.model
         cdef InferenceRequest request = <InferenceRequest?> self._request
         cdef bint streams = asks_to_stream(request)
         cdef bint knows_output = usage.output_tokens != <uint32_t> UNKNOWN_TOKENS

@@ -346,6 +346,15 @@ async def test_beyond_the_limit_of_followed_responses_the_reserved_tokens_are_co
     assert await keyed.counted() == (1, 0, 110, 0, 4)
 
 
+async def test_a_response_of_a_key_that_is_gone_is_counted_as_usage_but_for_no_other_key(keyed):
+    await keyed.start(max_output_tokens=300)
+    row, _ = keyed.rows.rows["k"]
+    keyed.table.open_row(row)  # the next key's
+    keyed.engine.end(status="completed", usage=usage(110, 40))
+    assert await keyed.counted() == (1, 0, 110, 0, 40)
+    assert keyed.use == Use(0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("payload", "expected"),
     [
