@@ -86,12 +86,7 @@ async def hold(
         raise _blocked(routed, request, block)
     if not context.hold(request.name, displaces=partial(routed.queue.displace, waiting)):
         log.warning("too many held requests", model=request.name)
-        raise BadRequest(
-            f"Too many requests are waiting for the model {request.model!r}.",
-            status=503,
-            code="overloaded",
-            retry_after_s=_retry_after_s(routed),
-        )
+        raise _too_many(routed, request)
     admission.hold()
     if not routed.can_serve(request.adapter):
         context.demand(request.name)
@@ -118,6 +113,15 @@ async def hold(
     finally:
         admission.unhold()
         context.unhold(request.name)
+
+
+def _too_many(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
+    return BadRequest(
+        f"Too many requests are waiting for the model {request.model!r}.",
+        status=503,
+        code="overloaded",
+        retry_after_s=_retry_after_s(routed),
+    )
 
 
 class _Watcher:
