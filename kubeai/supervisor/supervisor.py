@@ -10,18 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import random
 import signal
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from aiohttp import web
 
-from kubeai._journal import Journal
-from kubeai._key_table import KeyTable
-from kubeai._load import LoadTable
-from kubeai._prefix import PrefixIndex
-from kubeai._queue_table import QueueTable
 from kubeai.api.api_key import ApiKey
 from kubeai.api.config.system import SystemConfig
 from kubeai.errors import KubeAIError
@@ -43,20 +37,16 @@ from kubeai.supervisor.console.traffic import Traffic
 from kubeai.supervisor.key_metrics import KeyLimits
 from kubeai.supervisor.listeners import authority, listen, parse_address
 from kubeai.supervisor.loads import AllLoads
+from kubeai.supervisor.memory import Memory
 from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
 from kubeai.supervisor.metrics import Metrics
 from kubeai.supervisor.peers.peers import LOADS_PATH, METRICS_HEADERS, Peers
 from kubeai.supervisor.pod_condition import PodCondition
 from kubeai.supervisor.usage.book import UsageBook
-from kubeai.supervisor.worker_process import MESSENGER, WorkerProcess
+from kubeai.supervisor.worker_process import MESSENGER, Program, Reports, WorkerProcess
 
 log = get_logger(__name__)
 
-# 1,000 Models and 10,000 pods, each replaced twice before its rows are freed. Memory is only
-# allocated once a row is touched.
-TABLE_ROWS = 32_768
-INDEX_ENTRIES = 1 << 20  # 8 MiB
-KEY_ROWS = 16_384  # API keys, those included whose last requests have not ended yet
 WORKERS_MAX = 63
 SWEEP_INTERVAL_S = 0.5
 # Between the drain timeout and SIGKILL.
@@ -93,18 +83,13 @@ class Supervisor:
         check_config(config)
         check_tracing()
         self.config = config
-        columns = workers + has_streams
-        self.table = LoadTable.create(TABLE_ROWS, columns)
-        self.table.phase = random.getrandbits(32)
-        self.index = PrefixIndex.create(TABLE_ROWS, INDEX_ENTRIES, columns)
-        self.queues = QueueTable.create(TABLE_ROWS, columns)
+        self._memory = Memory.create(workers + has_streams, keys=config.gateway.keys.required)
+        self.table, self.index, self.queues, self.key_table, journal = self._memory
         self.publisher = Publisher(self.table, self.index, self.queues)
         # None: requests need no key.
-        self.key_table: KeyTable | None = None
         self.keys: KeyPublisher | None = None
         peers_keys = None
-        if config.gateway.keys.required:
-            self.key_table = KeyTable.create(KEY_ROWS, columns)
+        if self.key_table is not None:
             self.keys = KeyPublisher(self.key_table, self.publisher.advance)
             peers_keys = self.key_table, self.keys
         self.peers = Peers(
@@ -140,22 +125,11 @@ class Supervisor:
         self._announced = False
         # Another gateway sends the requests: there is nothing to serve here.
         listeners = [] if config.external else listen(host, port, workers, "--port")
-        journal = Journal.create(columns)
         self._traffic = Traffic(journal, self.table)
         self._fleet = Fleet(self.operator, self.publisher, self.table, self._traffic)
         self._console: Console | None = None
         if config.gateway.ui.enabled:
-            self._console = Console(
-                kube,
-                namespace,
-                self._fleet,
-                self._traffic,
-                workers=self._worker_states,
-                stream_problems=lambda: self._streams.problems,
-                synced=lambda: self.synced,
-                local=local,
-                keys=self.keys is not None,
-            )
+            self._console = self._make_console(kube, namespace, local=local)
         self._streams = MessageStreams(config.messaging)
         self._metrics = Metrics(
             self.table,
@@ -167,23 +141,20 @@ class Supervisor:
             queues=self.queues,
         )
         self.port: int = listeners[0].getsockname()[1] if listeners else 0
-        start = partial(
-            WorkerProcess,
-            table=self.table,
-            index=self.index,
-            queues=self.queues,
-            config=config.gateway,
-            journal_fd=-1 if self._console is None else journal.fd,
-            key_table=self.key_table,
-            console_path="" if self._console is None else self._console.path,
-            snapshot=self._snapshot,
-            on_ready=self._worker_ready,
-            on_demand=self.operator.demand,
-            on_usage=self._usage.add,
-            on_events=self._metrics.events.report,
-            spawn=spawn,
+        program = Program(config.gateway)
+        if self._console is not None:
+            program = program._replace(console_path=self._console.path)
+        reports = Reports(
+            self._worker_ready,
+            self.operator.demand,
+            events=self._metrics.events.report,
+            usage=self._usage.add,
         )
-        self._workers = [start(column, sock) for column, sock in enumerate(listeners)]
+        start = partial(WorkerProcess, memory=self._memory, snapshot=self._snapshot, spawn=spawn)
+        self._workers = [
+            start(column, sock, program=program, reports=reports)
+            for column, sock in enumerate(listeners)
+        ]
         # None: the config has no message streams.
         self._messenger: WorkerProcess | None = None
         self._pod_condition: PodCondition | None = None
@@ -191,11 +162,12 @@ class Supervisor:
             self._messenger = start(
                 workers,
                 None,
-                on_ready=self._streams.ready,
-                module=MESSENGER,
-                messaging=config.messaging,
-                on_streams=self._streams.report,
-                on_end=self._streams.ended,
+                program=program._replace(module=MESSENGER, messaging=config.messaging),
+                reports=reports._replace(
+                    ready=self._streams.ready,
+                    streams=self._streams.report,
+                    end=self._streams.ended,
+                ),
             )
             if pod:
                 self._pod_condition = PodCondition(
@@ -204,6 +176,19 @@ class Supervisor:
         self._processes = [*self._workers, *filter(None, [self._messenger])]
         self._stop = asyncio.Event()
         self._signals = 0
+
+    def _make_console(self, kube: Kube, namespace: str, *, local: bool) -> Console:
+        return Console(
+            kube,
+            namespace,
+            self._fleet,
+            self._traffic,
+            workers=self._worker_states,
+            stream_problems=lambda: self._streams.problems,
+            synced=lambda: self.synced,
+            local=local,
+            keys=self.keys is not None,
+        )
 
     # -- what the workers and the operator call ------------------------------------------------
 
@@ -320,16 +305,10 @@ class Supervisor:
                 await self._console.close()
             for worker in self._workers:
                 worker.close_listener()
-            self._close_tables()
+            self._memory.close()
         for task in (operator, *lives, *background):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
-
-    def _close_tables(self) -> None:
-        self.table.close()
-        self.queues.close()
-        if self.key_table is not None:
-            self.key_table.close()
 
     def stop(self) -> None:
         """Start draining; ``run`` returns when all workers have exited."""
