@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import socket
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from aiohttp import web
 
+from kubeai._key_table import KeyTable
 from kubeai.api.api_key import ApiKey
 from kubeai.api.config.system import SystemConfig
 from kubeai.errors import KubeAIError
@@ -61,6 +63,13 @@ class Supervisor:
     every worker accepts requests. ``local``: the Kubernetes API is this machine's own.
     """
 
+    synced = False
+    stopping = False
+    metrics_address = ""
+    health_address = ""
+    _announced = False
+    _signals = 0
+
     def __init__(
         self,
         kube: Kube,
@@ -77,33 +86,16 @@ class Supervisor:
         local: bool = False,
     ) -> None:
         has_streams = bool(config.messaging.streams)
-        workers_max = WORKERS_MAX - has_streams
-        if not 1 <= workers <= workers_max:
-            raise KubeAIError(f"--workers: {workers} is not between 1 and {workers_max}")
-        check_config(config)
-        check_tracing()
+        _check(config, workers, WORKERS_MAX - has_streams)
         self.config = config
         self._memory = Memory.create(workers + has_streams, keys=config.gateway.keys.required)
         self.table, self.index, self.queues, self.key_table, journal = self._memory
         self.publisher = Publisher(self.table, self.index, self.queues)
         # None: requests need no key.
         self.keys: KeyPublisher | None = None
-        peers_keys = None
         if self.key_table is not None:
             self.keys = KeyPublisher(self.key_table, self.publisher.advance)
-            peers_keys = self.key_table, self.keys
-        self.peers = Peers(
-            kube,
-            namespace,
-            identity,
-            self.table,
-            self.index,
-            self.publisher,
-            pod=pod,
-            addresses=config.fixed_self_metric_addrs,
-            keys=peers_keys,
-            queues=self.queues,
-        )
+        self.peers = self._make_peers(kube, namespace, identity, pod)
         self._cache_sizes = CacheSizes(self.index, self.publisher)
         self.operator = Operator(
             kube,
@@ -117,12 +109,7 @@ class Supervisor:
         self._usage = UsageBook(
             kube, namespace, identity, keys=self._key_names, models=self.publisher.models
         )
-        self.synced = False
-        self.stopping = False
-        self.metrics_address = ""
-        self.health_address = ""
         self._started = started
-        self._announced = False
         # Another gateway sends the requests: there is nothing to serve here.
         listeners = [] if config.external else listen(host, port, workers, "--port")
         self._traffic = Traffic(journal, self.table)
@@ -131,17 +118,58 @@ class Supervisor:
         if config.gateway.ui.enabled:
             self._console = self._make_console(kube, namespace, local=local)
         self._streams = MessageStreams(config.messaging)
-        self._metrics = Metrics(
+        self._metrics = self._make_metrics()
+        self.port: int = listeners[0].getsockname()[1] if listeners else 0
+        self._workers, self._messenger = self._make_processes(listeners, workers, spawn)
+        self._processes = [*self._workers, *filter(None, [self._messenger])]
+        self._pod_condition: PodCondition | None = None
+        if pod and has_streams:
+            self._pod_condition = PodCondition(kube, namespace, pod, lambda: self._streams.problems)
+        self._stop = asyncio.Event()
+
+    # -- the parts of one supervisor ---------------------------------------------------------------
+
+    @property
+    def _key_rows(self) -> tuple[KeyTable, KeyPublisher] | None:
+        """None: requests need no key."""
+        if self.key_table is None or self.keys is None:
+            return None
+        return self.key_table, self.keys
+
+    def _make_peers(self, kube: Kube, namespace: str, identity: str, pod: str) -> Peers:
+        return Peers(
+            kube,
+            namespace,
+            identity,
+            self.table,
+            self.index,
+            self.publisher,
+            pod=pod,
+            addresses=self.config.fixed_self_metric_addrs,
+            keys=self._key_rows,
+            queues=self.queues,
+        )
+
+    def _make_metrics(self) -> Metrics:
+        keys = self._key_rows
+        return Metrics(
             self.table,
             self.publisher,
             self.peers.silences_s,
-            self._streams if has_streams else None,
-            limits=None if peers_keys is None else KeyLimits(*peers_keys),
-            usage=self._usage.collector if config.gateway.keys.required else None,
+            self._streams if self.config.messaging.streams else None,
+            limits=None if keys is None else KeyLimits(*keys),
+            usage=None if keys is None else self._usage.collector,
             queues=self.queues,
         )
-        self.port: int = listeners[0].getsockname()[1] if listeners else 0
-        program = Program(config.gateway)
+
+    def _make_processes(
+        self, listeners: Sequence[socket.socket], workers: int, spawn: Spawn
+    ) -> tuple[list[WorkerProcess], WorkerProcess | None]:
+        """The workers, and the messenger if the config has message streams.
+
+        The messenger's column comes after those of all ``workers``, listeners or not.
+        """
+        program = Program(self.config.gateway)
         if self._console is not None:
             program = program._replace(console_path=self._console.path)
         reports = Reports(
@@ -151,31 +179,21 @@ class Supervisor:
             usage=self._usage.add,
         )
         start = partial(WorkerProcess, memory=self._memory, snapshot=self._snapshot, spawn=spawn)
-        self._workers = [
+        started = [
             start(column, sock, program=program, reports=reports)
             for column, sock in enumerate(listeners)
         ]
-        # None: the config has no message streams.
-        self._messenger: WorkerProcess | None = None
-        self._pod_condition: PodCondition | None = None
-        if has_streams:
-            self._messenger = start(
-                workers,
-                None,
-                program=program._replace(module=MESSENGER, messaging=config.messaging),
-                reports=reports._replace(
-                    ready=self._streams.ready,
-                    streams=self._streams.report,
-                    end=self._streams.ended,
-                ),
-            )
-            if pod:
-                self._pod_condition = PodCondition(
-                    kube, namespace, pod, lambda: self._streams.problems
-                )
-        self._processes = [*self._workers, *filter(None, [self._messenger])]
-        self._stop = asyncio.Event()
-        self._signals = 0
+        messaging, streams = self.config.messaging, self._streams
+        if not messaging.streams:
+            return started, None
+        return started, start(
+            workers,
+            None,
+            program=program._replace(module=MESSENGER, messaging=messaging),
+            reports=reports._replace(
+                ready=streams.ready, streams=streams.report, end=streams.ended
+            ),
+        )
 
     def _make_console(self, kube: Kube, namespace: str, *, local: bool) -> Console:
         return Console(
@@ -429,6 +447,13 @@ class Supervisor:
             problems = [f"message stream {problem}\n" for problem in self._streams.problems]
             text += "".join(problems) or "message streams connected\n"
         return web.Response(status=200 if self.ready else 503, text=text)
+
+
+def _check(config: SystemConfig, workers: int, workers_max: int) -> None:
+    if not 1 <= workers <= workers_max:
+        raise KubeAIError(f"--workers: {workers} is not between 1 and {workers_max}")
+    check_config(config)
+    check_tracing()
 
 
 async def _serve(runner: web.AppRunner, key: str, address: str) -> str:
