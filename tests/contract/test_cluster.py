@@ -221,7 +221,8 @@ async def test_budget_of_a_model_leaves_out_the_pods_of_its_cache_jobs(world):
     made = await world.create(autoscalingDisabled=True, replicas=2)
     await world.replicas_are(2, 2)
     made["spec"]["cacheProfile"] = "nfs"
-    config = parse_config(CONFIG + "cacheProfiles: {nfs: {sharedFilesystem: {storageClassName: x}}}")
+    profiles = "cacheProfiles: {nfs: {sharedFilesystem: {storageClassName: x}}}"
+    config = parse_config(CONFIG + profiles)
     await world.kube.create(JOBS, load_job(decode_model(made), config))
     await world.pods_once(3)
     world.create_budget(maxUnavailable=1)
