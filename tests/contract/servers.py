@@ -292,13 +292,15 @@ def cluster(
     calls_per_s: int | None = None,
     accounts: Sequence[str] = (),
     kwok: bool = True,
+    prepare: Callable[[ApiServer], None] = lambda _: None,
 ):
     """A whole control plane, and kwok: the Nodes that :func:`node` makes become Ready, every pod
     on one Running. Other Nodes are for a kubelet of the test's own; without ``kwok``, all are.
 
     ``options`` and ``accounts``: as of :func:`real`. ``calls_per_s``: what scheduler and
     controller-manager may ask of it, where their default (50 and 20) is not what a cluster of any
-    size is given.
+    size is given. ``prepare``: what is in the API before the controllers start. The
+    controller-manager looks for new types only every 30 s.
     """
     folder = assets(*CONTROL_PLANE)
     assert folder is not None
@@ -306,6 +308,7 @@ def cluster(
     if calls_per_s is not None:
         limits = f"--kube-api-qps={calls_per_s}", f"--kube-api-burst={calls_per_s}"
     with real(directory, *options, accounts=accounts) as server, contextlib.ExitStack() as stack:
+        prepare(server)
         kubeconfig = server.kubeconfig(directory / "admin.kubeconfig", "default")
 
         def run(name: str, *options: str) -> Path:
