@@ -12,6 +12,7 @@ import asyncio
 import gc
 import random
 import signal
+import socket
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
@@ -36,7 +37,7 @@ from kubeai.routing.keys import KeyDelta
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Route
 from kubeai.supervisor.cache_sizes import CacheSizes
-from kubeai.supervisor.checks import check_config
+from kubeai.supervisor.checks import check_config, check_workers
 from kubeai.supervisor.console.app import Console
 from kubeai.supervisor.console.state import Fleet, ModelSummary, Worker
 from kubeai.supervisor.console.traffic import Traffic
@@ -57,7 +58,6 @@ log = get_logger(__name__)
 TABLE_ROWS = 32_768
 INDEX_ENTRIES = 1 << 20  # 8 MiB
 KEY_ROWS = 16_384  # API keys, those included whose last requests have not ended yet
-WORKERS_MAX = 63
 SWEEP_INTERVAL_S = 0.5
 # Between the drain timeout and SIGKILL.
 EXIT_GRACE_S = 5.0
@@ -67,8 +67,10 @@ class Supervisor:
     """Connects the operator to the workers and keeps the worker processes running.
 
     ``identity`` names this KubeAI replica as the lease holder. ``pod`` is the name of its pod,
-    whose labels select the other replicas (empty: there are none). ``started`` is called once, when
-    every worker accepts requests. ``local``: the Kubernetes API is this machine's own.
+    whose labels select the other replicas (empty: there are none). ``host`` and ``port`` are where
+    the ``workers`` processes serve requests (port 0: any free one). ``spawn`` starts a process.
+    ``started`` is called once, when every worker accepts requests. ``local``: the Kubernetes API
+    is that of ``kubeai local``. KubeAIError if an argument or the config cannot be used.
     """
 
     def __init__(
@@ -86,28 +88,56 @@ class Supervisor:
         started: Callable[[], None] = lambda: None,
         local: bool = False,
     ) -> None:
-        has_streams = bool(config.messaging.streams)
-        workers_max = WORKERS_MAX - has_streams
-        if not 1 <= workers <= workers_max:
-            raise KubeAIError(f"--workers: {workers} is not between 1 and {workers_max}")
+        check_workers(workers, config)
         check_config(config)
         check_tracing()
+        has_streams = bool(config.messaging.streams)
         self.config = config
-        columns = workers + has_streams
+        self.synced = False  # whether all Models and API keys are known
+        self.stopping = False
+        self.metrics_address = self.health_address = ""  # bound ones; empty until `run` serves
+        self._started = started
+        self._announced = False  # whether `started` has been called
+        self._stop = asyncio.Event()
+        self._signals = 0  # received so far
+        columns = workers + has_streams  # in every shared table, one per process
         self.table = LoadTable.create(TABLE_ROWS, columns)
-        self.table.phase = random.getrandbits(32)
+        self.table.phase = random.getrandbits(32)  # replicas break ties differently
         self.index = PrefixIndex.create(TABLE_ROWS, INDEX_ENTRIES, columns)
         self.queues = QueueTable.create(TABLE_ROWS, columns)
         self.publisher = Publisher(self.table, self.index, self.queues)
-        # None: requests need no key.
-        self.key_table: KeyTable | None = None
+        self.key_table: KeyTable | None = None  # None: requests need no key
         self.keys: KeyPublisher | None = None
-        peers_keys = None
         if config.gateway.keys.required:
             self.key_table = KeyTable.create(KEY_ROWS, columns)
             self.keys = KeyPublisher(self.key_table, self.publisher.advance)
-            peers_keys = self.key_table, self.keys
-        self.peers = Peers(
+        self.peers = self._create_peers(kube, namespace, identity, pod)
+        self._cache_sizes = CacheSizes(self.index, self.publisher)
+        self.operator = self._create_operator(kube, namespace, identity)
+        self._usage = UsageBook(
+            kube, namespace, identity, keys=self._key_names, models=self.publisher.models
+        )
+        # Another gateway sends the requests: there is nothing to serve here.
+        listeners = [] if config.external else listen(host, port, workers, "--port")
+        self.port: int = listeners[0].getsockname()[1] if listeners else 0
+        journal = Journal.create(columns)
+        self._traffic = Traffic(journal, self.table)
+        self._fleet = Fleet(self.operator, self.publisher, self.table, self._traffic)
+        self._console = self._create_console(kube, namespace, local)
+        self._streams = MessageStreams(config.messaging)
+        self._metrics = self._create_metrics(has_streams)
+        self._workers, self._messenger = self._create_processes(
+            listeners, workers if has_streams else None, journal, spawn
+        )
+        self._pod_condition: PodCondition | None = None
+        if has_streams and pod:
+            self._pod_condition = PodCondition(kube, namespace, pod, self._stream_problems)
+        self._processes = [*self._workers, *filter(None, [self._messenger])]
+
+    # -- parts, created once -------------------------------------------------------------------
+
+    def _create_peers(self, kube: Kube, namespace: str, identity: str, pod: str) -> Peers:
+        return Peers(
             kube,
             namespace,
             identity,
@@ -115,64 +145,68 @@ class Supervisor:
             self.index,
             self.publisher,
             pod=pod,
-            addresses=config.fixed_self_metric_addrs,
-            keys=peers_keys,
+            addresses=self.config.fixed_self_metric_addrs,
+            keys=self._key_pair(),
             queues=self.queues,
         )
-        self._cache_sizes = CacheSizes(self.index, self.publisher)
-        self.operator = Operator(
+
+    def _key_pair(self) -> tuple[KeyTable, KeyPublisher] | None:
+        if self.key_table is None or self.keys is None:
+            return None
+        return self.key_table, self.keys
+
+    def _create_operator(self, kube: Kube, namespace: str, identity: str) -> Operator:
+        return Operator(
             kube,
-            config,
+            self.config,
             namespace=namespace,
             identity=identity,
             publish=self._publish,
             loads=AllLoads(self.table, self.publisher, self.peers),
             publish_key=None if self.keys is None else self._publish_key,
         )
-        self._usage = UsageBook(
-            kube, namespace, identity, keys=self._key_names, models=self.publisher.models
+
+    def _create_console(self, kube: Kube, namespace: str, local: bool) -> Console | None:
+        if not self.config.gateway.ui.enabled:
+            return None
+        return Console(
+            kube,
+            namespace,
+            self._fleet,
+            self._traffic,
+            workers=self._worker_states,
+            stream_problems=self._stream_problems,
+            synced=lambda: self.synced,
+            local=local,
+            keys=self.keys is not None,
         )
-        self.synced = False
-        self.stopping = False
-        self.metrics_address = ""
-        self.health_address = ""
-        self._started = started
-        self._announced = False
-        # Another gateway sends the requests: there is nothing to serve here.
-        listeners = [] if config.external else listen(host, port, workers, "--port")
-        journal = Journal.create(columns)
-        self._traffic = Traffic(journal, self.table)
-        self._fleet = Fleet(self.operator, self.publisher, self.table, self._traffic)
-        self._console: Console | None = None
-        if config.gateway.ui.enabled:
-            self._console = Console(
-                kube,
-                namespace,
-                self._fleet,
-                self._traffic,
-                workers=self._worker_states,
-                stream_problems=lambda: self._streams.problems,
-                synced=lambda: self.synced,
-                local=local,
-                keys=self.keys is not None,
-            )
-        self._streams = MessageStreams(config.messaging)
-        self._metrics = Metrics(
+
+    def _create_metrics(self, has_streams: bool) -> Metrics:
+        keys = self._key_pair()
+        return Metrics(
             self.table,
             self.publisher,
             self.peers.silences_s,
             self._streams if has_streams else None,
-            limits=None if peers_keys is None else KeyLimits(*peers_keys),
-            usage=self._usage.collector if config.gateway.keys.required else None,
+            limits=None if keys is None else KeyLimits(*keys),
+            usage=None if keys is None else self._usage.collector,
             queues=self.queues,
         )
-        self.port: int = listeners[0].getsockname()[1] if listeners else 0
-        start = partial(
+
+    def _create_processes(
+        self,
+        listeners: Sequence[socket.socket],
+        messenger_column: int | None,
+        journal: Journal,
+        spawn: Spawn,
+    ) -> tuple[list[WorkerProcess], WorkerProcess | None]:
+        """Create a worker per listener, and the messenger if it has a column; start none."""
+        create = partial(
             WorkerProcess,
             table=self.table,
             index=self.index,
             queues=self.queues,
-            config=config.gateway,
+            config=self.config.gateway,
             journal_fd=-1 if self._console is None else journal.fd,
             key_table=self.key_table,
             console_path="" if self._console is None else self._console.path,
@@ -183,27 +217,19 @@ class Supervisor:
             on_events=self._metrics.events.report,
             spawn=spawn,
         )
-        self._workers = [start(column, sock) for column, sock in enumerate(listeners)]
-        # None: the config has no message streams.
-        self._messenger: WorkerProcess | None = None
-        self._pod_condition: PodCondition | None = None
-        if has_streams:
-            self._messenger = start(
-                workers,
-                None,
-                on_ready=self._streams.ready,
-                module=MESSENGER,
-                messaging=config.messaging,
-                on_streams=self._streams.report,
-                on_end=self._streams.ended,
-            )
-            if pod:
-                self._pod_condition = PodCondition(
-                    kube, namespace, pod, lambda: self._streams.problems
-                )
-        self._processes = [*self._workers, *filter(None, [self._messenger])]
-        self._stop = asyncio.Event()
-        self._signals = 0
+        workers = [create(column, listener) for column, listener in enumerate(listeners)]
+        if messenger_column is None:
+            return workers, None
+        messenger = create(
+            messenger_column,
+            None,
+            on_ready=self._streams.ready,
+            module=MESSENGER,
+            messaging=self.config.messaging,
+            on_streams=self._streams.report,
+            on_end=self._streams.ended,
+        )
+        return workers, messenger
 
     # -- what the workers and the operator call ------------------------------------------------
 
@@ -253,6 +279,9 @@ class Supervisor:
 
     def _worker_states(self) -> list[Worker]:
         return [Worker(w.column, w.ready, w.restarts) for w in self._workers]
+
+    def _stream_problems(self) -> list[str]:
+        return self._streams.problems
 
     @property
     def ready(self) -> bool:
