@@ -146,7 +146,7 @@ class _Watcher:
             self._is_held = True
 
     async def permits(self, reservation: Reservation) -> bool:
-        """Whether a request that it was told to be held may use the Reservation.
+        """Whether a request that was reported as held may use the Reservation.
 
         If not, it has been released, because the wait for the permission may have been long, and
         the request has permission for the next one.

@@ -32,7 +32,7 @@ from kubeai.routing.keys import KeyDelta
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Route
 from kubeai.supervisor.cache_sizes import CacheSizes
-from kubeai.supervisor.checks import check_config
+from kubeai.supervisor.checks import check_config, check_workers
 from kubeai.supervisor.console.app import Console
 from kubeai.supervisor.console.state import Fleet, ModelSummary, Worker
 from kubeai.supervisor.console.traffic import Traffic
@@ -49,7 +49,6 @@ from kubeai.supervisor.worker_process import MESSENGER, Program, Reports, Worker
 
 log = get_logger(__name__)
 
-WORKERS_MAX = 63
 SWEEP_INTERVAL_S = 0.5
 # Between the drain timeout and SIGKILL.
 EXIT_GRACE_S = 5.0
@@ -59,16 +58,17 @@ class Supervisor:
     """Connects the operator to the workers and keeps the worker processes running.
 
     ``identity`` names this KubeAI replica as the lease holder. ``pod`` is the name of its pod,
-    whose labels select the other replicas (empty: there are none). ``started`` is called once, when
-    every worker accepts requests. ``local``: the Kubernetes API is this machine's own.
+    whose labels select the other replicas (empty: there are none). ``host`` and ``port`` are where
+    the ``workers`` processes serve requests (port 0: any free one). ``spawn`` starts a process.
+    ``started`` is called once, when every worker accepts requests. ``local``: the Kubernetes API
+    is that of ``kubeai local``. KubeAIError if an argument or the config cannot be used.
     """
 
-    synced = False
+    synced = False  # whether all Models and API keys are known
     stopping = False
-    metrics_address = ""
-    health_address = ""
-    _announced = False
-    _signals = 0
+    metrics_address = health_address = ""  # bound ones; empty until `run` serves
+    _announced = False  # whether `started` has been called
+    _signals = 0  # received so far
 
     def __init__(
         self,
@@ -85,8 +85,10 @@ class Supervisor:
         started: Callable[[], None] = lambda: None,
         local: bool = False,
     ) -> None:
+        check_workers(workers, config)
+        check_config(config)
+        check_tracing()
         has_streams = bool(config.messaging.streams)
-        _check(config, workers, WORKERS_MAX - has_streams)
         self.config = config
         self._memory = Memory.create(workers + has_streams, keys=config.gateway.keys.required)
         self.table, self.index, self.queues, self.key_table, journal = self._memory
@@ -447,13 +449,6 @@ class Supervisor:
             problems = [f"message stream {problem}\n" for problem in self._streams.problems]
             text += "".join(problems) or "message streams connected\n"
         return web.Response(status=200 if self.ready else 503, text=text)
-
-
-def _check(config: SystemConfig, workers: int, workers_max: int) -> None:
-    if not 1 <= workers <= workers_max:
-        raise KubeAIError(f"--workers: {workers} is not between 1 and {workers_max}")
-    check_config(config)
-    check_tracing()
 
 
 async def _serve(runner: web.AppRunner, key: str, address: str) -> str:
