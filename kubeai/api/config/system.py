@@ -455,10 +455,7 @@ def _config(value: dict[str, Any], defaults: Mapping[str, Any] | None) -> System
 
 
 def _without_unusable(config: SystemConfig) -> SystemConfig:
-    """Drop the self metric addresses and resource profiles that cannot be used, with a warning.
-
-    Addresses without a host get that of the local machine.
-    """
+    """Leave out addresses and profiles that cannot be used, with a warning; fill in hosts."""
     addresses = []
     for i, address in enumerate(config.fixed_self_metric_addrs):
         try:
