@@ -27,7 +27,6 @@ from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.model.license import License, LicenseAcknowledgement
 from cyclonedx.output import make_outputter
 from cyclonedx.schema import OutputFormat, SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
@@ -163,6 +162,9 @@ def document(
     contents = "\n".join(sorted(str(each.bom_ref) for each in bom.components))
     bom.serial_number = uuid.uuid5(NAMESPACE, f"{main.bom_ref} {epoch}\n{contents}")
     text: str = make_outputter(bom, OutputFormat.JSON, SCHEMA).output_as_string(indent=2)
+    # Imported here because its grammars take seconds to compile.
+    from cyclonedx.validation.json import JsonStrictValidator
+
     if errors := JsonStrictValidator(SCHEMA).validate_str(text):
         raise ReleaseError(f"the SBOM of {main.name} is not valid: {errors}")
     return json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"

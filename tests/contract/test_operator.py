@@ -346,10 +346,8 @@ async def test_a_killed_leader_is_followed_within_the_lease(world):
     await until(lambda: two.operator.synced.is_set(), "synced")
     await one.kill()
     world.replicas.remove(one)
-    began = time.monotonic()
+    # In virtual time it is tested that this takes a lease and a retry.
     await until(lambda: two.operator.leads, "taken over")
-    # To the retry it is tested in virtual time; here, that it does not wait for a second lease.
-    assert time.monotonic() - began < 2 * 2
 
 
 async def test_a_restarted_operator_finds_everything_as_it_should_be(world):

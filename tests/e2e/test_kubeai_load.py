@@ -225,12 +225,24 @@ class Gate:
 
 @pytest.fixture(scope="module")
 def s3():
+    """The address of an S3 whose objects no test changes."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    fill_bucket(f"http://{host}:{port}")
     yield f"http://{host}:{port}"
     server.stop()
+
+
+def fill_bucket(s3: str) -> None:
+    keys = {"aws_access_key_id": "k", "aws_secret_access_key": "s", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=s3, **keys)
+    client.create_bucket(Bucket="weights")
+    public = {"ACL": "public-read"}
+    for key, content in BUCKET.items():
+        client.put_object(Bucket="weights", Key=key, Body=content, **public)
+    client.upload_fileobj(io.BytesIO(LARGE), "weights", "m/model.safetensors", public)
 
 
 BUCKET = {
@@ -256,16 +268,6 @@ ETAGS = [hashlib.md5(content).hexdigest() for content in (CONFIG, b"names are od
 
 @pytest.fixture
 async def bucket(s3, loader) -> AsyncIterator[Gate]:
-    def fill() -> None:
-        keys = {"aws_access_key_id": "k", "aws_secret_access_key": "s", "region_name": "us-east-1"}
-        client = boto3.client("s3", endpoint_url=s3, **keys)
-        client.create_bucket(Bucket="weights")
-        public = {"ACL": "public-read"}
-        for key, content in BUCKET.items():
-            client.put_object(Bucket="weights", Key=key, Body=content, **public)
-        client.upload_fileobj(io.BytesIO(LARGE), "weights", "m/model.safetensors", public)
-
-    await asyncio.to_thread(fill)
     gate = Gate(s3)
     await gate.start()
     loader.env |= {

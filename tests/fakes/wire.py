@@ -9,7 +9,7 @@ import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-WAIT_S = 5.0
+WAIT_S = 20.0  # a busy machine is slow
 
 
 async def until(holds: Callable[[], object], what: str = "", within_s: float = WAIT_S) -> None:

@@ -14,6 +14,7 @@ import uvloop
 from fakes.fleet import Fleet
 from fakes.wire import (
     CHUNKED,
+    WAIT_S,
     Broken,
     Engine,
     Message,
@@ -30,7 +31,6 @@ from kubeai.routing.routes import Endpoint, Route
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}
 STREAM = b'{"model":"m","stream":true}'
-BUSY = 2  # the machine may be: how much longer than promised a process may take to start
 
 
 class Streams:
@@ -97,7 +97,7 @@ async def test_drain_completes_every_stream_and_serves_late_requests(start, stre
     fleet.supervisor.stop()  # what SIGTERM does
     began_s = time.monotonic()
     while (await get(health, "/readyz"))[0] == 200:
-        assert time.monotonic() < began_s + 1.0
+        assert time.monotonic() < began_s + WAIT_S
     late = 0
     while time.monotonic() < began_s + 0.6:
         try:
@@ -122,7 +122,7 @@ async def test_drain_completes_every_stream_and_serves_late_requests(start, stre
         return False
 
     while not await refused():
-        assert time.monotonic() < began_s + 1.0 + 2 * BUSY
+        assert time.monotonic() < began_s + WAIT_S
     streams.go_on.set()
     for wire, head in opened:
         assert (await wire.body(head)).body == b"12"
@@ -134,8 +134,7 @@ async def test_a_killed_worker_takes_only_its_own_requests_with_it(start, stream
     opened = await open_streams(fleet.port, 40)
     pids = fleet.pids
     assert fleet.kill(0)
-    began_s = time.monotonic()
-    await until(lambda: fleet.counts().get("active m", 0) < 40, "its column is cleared", 1.0)
+    await until(lambda: fleet.counts().get("active m", 0) < 40, "its column is cleared")
     left = fleet.counts()["active m"]
     assert 0 < left < 40
     # New connections may wait in the dead worker's queue; its successor answers them.
@@ -143,8 +142,7 @@ async def test_a_killed_worker_takes_only_its_own_requests_with_it(start, stream
     for wire in wires:
         await wire.send(post())
     assert {(await wire.answer()).body for wire in wires} == {b"here"}
-    await until(lambda: fleet.ready and fleet.pids != pids, "it is replaced", 10)
-    assert time.monotonic() < began_s + 2 * BUSY
+    await until(lambda: fleet.ready and fleet.pids != pids, "it is replaced")
     streams.go_on.set()
     whole = 0
     for wire, head in opened:
@@ -154,7 +152,7 @@ async def test_a_killed_worker_takes_only_its_own_requests_with_it(start, stream
     assert whole == left
     for wire in wires:
         wire.close()
-    await until(lambda: not fleet.counts(), "0", 1.0)
+    await until(lambda: not fleet.counts(), "0")
 
 
 async def test_an_endpoint_ejected_by_one_worker_is_ejected_for_all_and_their_successors(start):
@@ -193,7 +191,7 @@ async def test_an_endpoint_ejected_by_one_worker_is_ejected_for_all_and_their_su
     for column in range(2):
         pids = fleet.pids
         assert fleet.kill(column)
-        await until(lambda: fleet.ready and fleet.pids != pids, "it is replaced", 10)  # noqa: B023
+        await until(lambda: fleet.ready and fleet.pids != pids, "it is replaced")  # noqa: B023
     assert await ask_all() == {b"good"}
     assert len(bad.requests) == 2
     for engine in engines:

