@@ -52,13 +52,14 @@ coverage: .venv/installed-coverage  ## run the tests of `make test` and report t
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
-check: .venv/installed-check  ## fast checks: style, types, import layers, C warnings
+check: .venv/installed-check  ## fast checks: style, sizes, types, import layers, C warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.toml
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python .ci/words.py
+	$(BIN)/python .ci/sizes.py
 	KUBEAI_CYTHON_STRICT=1 $(BIN)/python setup.py -q build_ext --force \
 		--build-temp build/strict --build-lib build/strict-lib
 	$(BIN)/python -m mypy.stubtest --ignore-disjoint-bases --allowlist .ci/stubtest.txt \

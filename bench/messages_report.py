@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from bars import table
+
 HEADING = "## Requests by message"
 INTRODUCTION = """`BROKERS=$(tests/brokers/build.sh) python bench/messages.py`: non-streamed
 chats of 16 tokens, 32 at a time, on two mock engines that take no time; the same over HTTP and by
@@ -44,6 +46,5 @@ def section(found: dict[str, Any]) -> str:
         )
         for name, each in found.items()
     ]
-    lines = [head, ("---",) * len(head), *rows]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"{HEADING}\n\n{INTRODUCTION.format(cores=os.cpu_count())}{table}"
+    introduction = INTRODUCTION.format(cores=os.cpu_count())
+    return f"{HEADING}\n\n{introduction}{table(head, rows)}"

@@ -18,16 +18,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import control_report
 import messages_report
+from bars import table, table_of
+from gateway_bars import SCALE, VS_NGINX, gateway_bars
 from instructions import shares
 
-MICRO = "pytest bench --benchmark-enable --benchmark-only"
-VS_NGINX = "python bench/gateway_vs_nginx.py"
-KEYS = f"{VS_NGINX} --only chat --keys 10000"
-SCALE = "python bench/gateway_at_scale.py --only "
 INSTRUCTIONS = "python bench/instructions.py"
-CONTROL = "python bench/control_plane.py --only "
-CONTROL_HEADING = "## Control plane"
 
 INTRODUCTION = """---
 description: The cost of the gateway compared to nginx, and the test of each guarantee.
@@ -46,82 +43,6 @@ interleaved runs.
 
 Absolute figures depend on the machine and its other load as much as on the proxies.
 """
-
-CONTROL_INTRODUCTION = """`kubeai serve` with one worker on etcd, kube-apiserver, scheduler,
-controller-manager and kwok ([tests/cluster](../tests/cluster/README.md)), all of it and the load on
-the same {cores} cores, so times include the API's. "Observed" means observed by the load
-generator's own watch. Other work on these cores affects the worst values and the ratio: with
-several other programs running, the worst first request took 0.1 s, the p99 of a reconcile was
-0.13 s while that of the load generator's own API calls was 0.24 s, and the ratios of single pairs
-ranged from 0.8 to 2.1.
-"""
-
-# Measure, limit as text, path in control.json, limit as number, unit.
-CONTROL_BARS = (
-    (
-        "first request on a cold Model → its pod is on the API, p50",
-        "≤ 50 ms",
-        "wake/created/p50_ms",
-        50,
-        " ms",
-    ),
-    ("the same, worst", "≤ 50 ms", "wake/created/worst_ms", 50, " ms"),
-    (
-        "pod observed ready → the engine has the request, p50",
-        "≤ 20 ms",
-        "wake/since_seen/p50_ms",
-        20,
-        " ms",
-    ),
-    ("the same, worst", "≤ 20 ms", "wake/since_seen/worst_ms", 20, " ms"),
-    (
-        "50 Models × 5 replicas at once → every status shows 5 ready",
-        "≤ 1.5 × a script",
-        "burst/ratio",
-        1.5,
-        "×",
-    ),
-    (
-        "pod observed terminating → route without it published, p99",
-        "≤ 50 ms",
-        "leaving/terminating/since_seen/p99_ms",
-        50,
-        " ms",
-    ),
-    (
-        "pod observed not ready → route without it published, p99",
-        "≤ 50 ms",
-        "leaving/not ready/since_seen/p99_ms",
-        50,
-        " ms",
-    ),
-    ("{size}: start to synced", "≤ 20 s", "scale/synced_s", 20, " s"),
-    (
-        "{size}: one reconcile without waiting for the API, p99",
-        "≤ 50 ms",
-        "scale/reconcile_own/p99_ms",
-        50,
-        " ms",
-    ),
-    (
-        "{size}: one reconcile, waiting for the API included, p99",
-        "≤ 50 ms",
-        "scale/reconcile/p99_ms",
-        50,
-        " ms",
-    ),
-    ("{size}: RSS of the supervisor", "≤ 500 MB", "scale/resident_mb", 500, " MB"),
-    ("{size}: writes while nothing changes", "0 but the lease", "scale/idle_writes", 0, ""),
-    (
-        "writes to one object in any second of a storm of 409, 429 and 500",
-        "≤ 2",
-        "storm/a_second",
-        2,
-        "",
-    ),
-    ("take-over after SIGKILL of the leader, worst", "≤ 19 s", "takeover/killed/worst_s", 19, " s"),
-    ("take-over after SIGTERM of the leader, worst", "≤ 3 s", "takeover/ended/worst_s", 3, " s"),
-)
 
 SAFETY = (
     (
@@ -191,180 +112,20 @@ SAFETY = (
 
 class Report:
     def __init__(self, folder: Path) -> None:
-        self.found = {}
+        self.found: dict[str, Any] = {}
         parts = "micro", "gateway", "keys", "scale", "instructions", "stall", "messages", "control"
         for name in parts:
             path = folder / f"{name}.json"
             self.found[name] = json.loads(path.read_text()) if path.exists() else {}
-        micro = self.found["micro"].get("benchmarks", [])
-        self.micro = {each["name"]: each["stats"]["median"] for each in micro}
-        self.rows: list[tuple[str, str, float | None, float, str, str]] = []
-
-    def bar(
-        self, what: str, bar: str, value: float | None, most: float, command: str, unit: str = "×"
-    ) -> None:
-        self.rows.append((what, bar, value, most, command, unit))
-
-    def fill(self) -> None:
-        gateway, scale = self.found["gateway"], self.found["scale"]
-
-        def ratio(name: str) -> float | None:
-            return gateway[name]["ratio"] if name in gateway else None
-
-        chat = f"{VS_NGINX} --only "
-        self.bar(
-            "CPU per chat request of 800 bytes, 32 connections",
-            "≤ 1.15 × nginx",
-            ratio("chat"),
-            1.15,
-            chat + "chat",
-        )
-        self.bar(
-            "the same with one of 10,000 API keys, each with all limits",
-            "≤ 1.2 × nginx",
-            self.found["keys"].get("chat", {}).get("ratio"),
-            1.2,
-            KEYS,
-        )
-        self.bar(
-            "CPU per stream of 64 chunks back to back",
-            "≤ 1.05 × nginx",
-            ratio("burst"),
-            1.05,
-            chat + "burst",
-        )
-        self.bar(
-            "CPU per stream of 64 chunks, one every 20 ms",
-            "≤ 1.15 × nginx",
-            ratio("paced"),
-            1.15,
-            chat + "paced",
-        )
-        self.bar(
-            "CPU per request with a 400 KB prompt",
-            "≤ 1.5 × nginx",
-            ratio("prompt"),
-            1.5,
-            chat + "prompt",
-        )
-        latency, streams, workers = (scale.get(k, {}) for k in ("latency", "streams", "workers"))
-        self.bar(
-            "p99 at half of KubeAI's saturation, open loop",
-            "≤ 1.5 × nginx",
-            latency.get("p99_ratio"),
-            1.5,
-            SCALE + "latency",
-        )
-        count = streams.get("streams", 9500)
-        size = streams["kubeai_bytes"] / 1024 if streams else None
-        self.bar(
-            f"memory per stream with {count:,} open",
-            "≤ 16 KiB",
-            size,
-            16,
-            SCALE + "streams",
-            " KiB",
-        )
-        self.bar(
-            f"time until none of {count:,} streams is counted",
-            "0 counted",
-            streams.get("to_zero_s"),
-            2,
-            SCALE + "streams",
-            " s",
-        )
-        self.bar(
-            "CPU per request, 2 workers, 256 connections",
-            "≤ 1.1 × one",
-            workers.get("ratio"),
-            1.1,
-            SCALE + "workers",
-        )
-        self.pick(
-            "`pick` + `release` of a hashed key, 1,000 endpoints, from Python",
-            "≤ 300 ns",
-            "test_pick_hashed_and_release",
-            300,
-            1e9,
-            " ns",
-        )
-        self.pick(
-            "the same from compiled code",
-            "≤ 150 ns",
-            "test_pick_hashed_and_release_from_compiled_code",
-            150,
-            1e9,
-            " ns",
-        )
-        self.pick(
-            "`pick` + `release`, LeastLoad, 1,000 endpoints",
-            "≤ 1 µs",
-            "test_pick_least_and_release",
-            1,
-            1e6,
-            " µs",
-        )
-        self.pick(
-            "`pick` + `release`, PrefixCache, 800-byte chat, 1,000 endpoints",
-            "≤ 5 µs",
-            "test_pick_cached_and_release",
-            5,
-            1e6,
-            " µs",
-        )
-        self.pick("hashes of a 400 KB prompt", "≤ 60 µs", "test_prompt_of_a_body", 60, 1e6, " µs")
-        self.pick("build a ring of 1,000 endpoints × 256", "≤ 60 ms", "test_build", 60, 1e3, " ms")
-        self.pick(
-            "add and remove one endpoint of that ring",
-            "≤ 2 ms",
-            "test_add_and_remove_one",
-            2,
-            1e3,
-            " ms",
-        )
-        held = [b for b in self.found["micro"].get("benchmarks", []) if "100_000" in b["name"]]
-        self.bar(
-            "100,000 keys over 100 endpoints, each pick held: highest load divided by the mean",
-            "≤ 1.25",
-            held[0]["extra_info"]["mean, highest"][1] / 1000 if held else None,
-            1.25,
-            f"{MICRO} -k 100_000",
-            "",
-        )
-        stall = max(self.found["stall"].values(), default=None)
-        self.bar(
-            "event loop blocked by one body of 64 MiB, worst kind",
-            "≤ 50 ms",
-            stall,
-            50,
-            "python bench/stall.py",
-            " ms",
-        )
-
-    def pick(self, what: str, bar: str, test: str, most: float, factor: float, unit: str) -> None:
-        found = [name for name in self.micro if name.split("[")[0] == test]
-        value = self.micro[found[-1]] * factor / PER_ROUND.get(test, 1) if found else None
-        self.bar(what, bar, value, most, f"{MICRO} -k {test}", unit)
 
     def text(self) -> str:
-        self.fill()
         processor = platform.machine()
         where = f"{os.cpu_count()} shared {processor} cores, CPython {platform.python_version()}"
         parts = [INTRODUCTION.format(where=where), "## The bars\n"]
-        parts.append(
-            table(("what", "bar", "measured", "met", "command"), [self.cells(r) for r in self.rows])
-        )
+        parts.append(table_of(gateway_bars(self.found)))
         parts += [self.gateway(), self.connections(), self.latency(), self.instructions()]
-        parts += [messages_report.section(self.found["messages"]), self.control(), safety()]
+        parts += [self.messages(), self.control(), safety()]
         return "\n".join(part for part in parts if part).rstrip() + "\n"
-
-    @staticmethod
-    def cells(row: tuple) -> tuple[str, ...]:
-        what, bar, value, most, command, unit = row
-        if value is None:
-            return what, bar, "not measured", "", f"`{command}`"
-        met = "yes" if value <= most else "**no**"
-        return what, bar, f"{value:.3g}{unit if unit != '×' else ' ×'}", met, f"`{command}`"
 
     def gateway(self) -> str:
         if not (found := self.found["gateway"]):
@@ -447,90 +208,15 @@ class Report:
         )
         return lead + table(("one", "instructions", "of which"), rows)
 
+    def messages(self) -> str:
+        return messages_report.section(self.found["messages"])
+
     def control(self) -> str:
-        found = self.found["control"]
-        scale = found.get("scale", {"models": 1000, "pods": 10_000})
-        size = f"{scale['models']:,} Models, {scale['pods']:,} pods"
-        rows = []
-        for what, bar, path, most, unit in CONTROL_BARS:
-            part, *keys = path.split("/")
-            value: Any = found.get(part)
-            for key in keys:
-                value = None if value is None else value.get(key)
-            rows.append(
-                self.cells((what.format(size=size), bar, value, most, CONTROL + part, unit))
-            )
-        introduction = CONTROL_INTRODUCTION.format(cores=os.cpu_count())
-        bars = table(("what", "bar", "measured", "met", "command"), rows)
-        return f"{CONTROL_HEADING}\n\n{introduction}\n{bars}{control_notes(found)}"
-
-
-# Calls per round of a micro-benchmark, if more than one.
-PER_ROUND = dict.fromkeys(
-    (
-        "test_pick_hashed_and_release",
-        "test_pick_hashed_and_release_from_compiled_code",
-        "test_pick_least_and_release",
-        "test_pick_cached_and_release",
-        "test_prompt_of_a_body",
-    ),
-    1000,
-)
+        return control_report.section(self.found["control"])
 
 
 def outside(found: dict, proxy: str) -> float:
     return found[f"{proxy}_us"] * (1 - found[f"{proxy}_kernel"])
-
-
-def control_notes(found: dict) -> str:
-    notes = []
-    if wake := found.get("wake"):
-        times = wake["answered"]
-        notes.append(
-            "Time from request to answer, with a pod that becomes ready as soon as it is observed: "
-            f"{times['p50_ms']:.0f} ms (p50 of {times['n']}). Time from the write of the pod's "
-            "readiness to the API until the engine has the request: "
-            f"{wake['since_sent']['p50_ms']:.0f} ms."
-        )
-    if leaving := found.get("leaving"):
-        told = " and ".join(
-            f"{kind} {times['since_sent']['p50_ms']:.0f} ms (p50), "
-            f"{times['since_sent']['p99_ms']:.0f} ms (p99)"
-            for kind, times in leaving.items()
-        )
-        notes.append(
-            "Time from the write of a pod's change to the API until the route is without it: "
-            f"{told}."
-        )
-    if burst := found.get("burst"):
-        pairs = len(burst["runs"]["ours"])
-        notes.append(
-            f"The script creates {burst['models'] * burst['replicas']} pods, 16 requests at a "
-            f"time, and waits until a watch has shown them ready: {burst['script_s']:.1f} s; "
-            f"KubeAI: {burst['ours_s']:.1f} s (medians of {pairs} interleaved pairs; ratio per "
-            "pair)."
-        )
-    if scale := found.get("scale"):
-        notes.append(
-            f"{scale['models']:,} Models with {scale['pods']:,} pods: requests are accepted "
-            f"{scale['serving_s']:.1f} s after the start. CPU of the supervisor: "
-            f"{scale['idle_cpu']:.1%} of a core while nothing changes, "
-            f"{scale['changes_cpu']:.0%} at {scale['changes'] / scale['changes_s']:.0f} changes "
-            f"of pods per second; a reconcile's p50 is {scale['reconcile']['p50_ms']:.2f} ms. "
-            f"Meanwhile an API call of the load takes {scale['calls']['p50_ms']:.0f} "
-            f"ms (p50) and {scale['calls']['p99_ms']:.0f} ms (p99). "
-            f"Writes in {scale['idle_s']:.0f} s "
-            f"without changes, by the audit log: {scale['idle_writes']}, and "
-            f"{scale['idle_lease_writes']} of the lease."
-        )
-    if storm := found.get("storm"):
-        answers = " + ".join(f"{n} × {code}" for code, n in sorted(storm["answers"].items()))
-        state = "correct" if storm["right"] else "**wrong**"
-        notes.append(
-            f"Storm of {storm['storm_s']:.0f} s ({answers}): the state is {state} "
-            f"{storm['after_s']:.1f} s after its end."
-        )
-    return "".join(f"\n{note}\n" for note in notes)
 
 
 def safety() -> str:
@@ -539,21 +225,16 @@ def safety() -> str:
     return lead + table(("what", "shown by"), rows)
 
 
-def table(head: tuple[object, ...], rows: list[tuple[object, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
-
-
 def main() -> int:
     folder, out = map(Path, sys.argv[1:3])
     report = Report(folder)
     if "--only-control-plane" in sys.argv[3:]:
-        out.write_text(with_section(out.read_text(), CONTROL_HEADING, report.control()))
+        text = with_section(out.read_text(), control_report.HEADING, report.control())
     elif "--only-messages" in sys.argv[3:]:
-        section = messages_report.section(report.found["messages"])
-        out.write_text(with_section(out.read_text(), messages_report.HEADING, section))
+        text = with_section(out.read_text(), messages_report.HEADING, report.messages())
     else:
-        out.write_text(report.text())
+        text = report.text()
+    out.write_text(text)
     return 0
 
 

@@ -112,10 +112,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-# Four replicas that pick without the ring's candidates, or do not tell each other their prompts.
-UNTOLD: dict[str, dict[str, Any]] = {
+# Four replicas that pick without the ring's candidates, or do not report prompts to each other.
+FOUR_REPLICAS: dict[str, dict[str, Any]] = {
     "4, without the ring": {"expected": False},
-    "4, untold": {"told": False},
+    "4, untold": {"shares_prompts": False},
 }
 
 
@@ -218,7 +218,7 @@ def runs(with_trace: bool, full: bool, rates: dict[str, float]) -> list[Run]:
         Run("replicas", case, "PrefixCache", {"replicas": 4, **more}, label, 3.0)
         for case in REPLICATED
         if case.shape or with_trace
-        for label, more in UNTOLD.items()
+        for label, more in FOUR_REPLICAS.items()
     ]
     for case in (TABLE[1], TABLE[4], TABLE[5], TABLE[7]):
         if case.shape or with_trace:
@@ -292,7 +292,7 @@ def write(figures: list[Figures], judged: list[tuple[bool, str]]) -> None:
     plain = [(strategy, "") for strategy in STRATEGIES]
     page = filled(page, "table", table(figures, "table", [*plain, ("Oracle", "")]))
     page = filled(page, "levels", table(figures, "levels", plain))
-    labels = ["1", "2", "4", "8", *UNTOLD]
+    labels = ["1", "2", "4", "8", *FOUR_REPLICAS]
     page = filled(
         page, "replicas", table(figures, "replicas", [("PrefixCache", n) for n in labels])
     )

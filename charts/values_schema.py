@@ -125,20 +125,19 @@ def _open(schema: Schema) -> Schema:
     return opened
 
 
-def own() -> dict[str, Schema]:
-    """The sections that are not the system config's."""
+def secrets() -> Schema:
+    return section(
+        alibaba=secret("accessKeyID", "accessKeySecret"),
+        aws=secret("accessKeyID", "secretAccessKey"),
+        gcp=secret("jsonKeyfile"),
+        huggingface=secret("token"),
+        oci=section(name=STRING),
+    )
+
+
+def deployment() -> dict[str, Schema]:
+    """The sections about KubeAI's Deployment and what belongs to its pods."""
     return {
-        "global": ANY_MAP,
-        "enabled": FLAG,  # of a dependency with `condition: kubeai.enabled`
-        "crds": section(enabled=FLAG, keep=FLAG),
-        "uninstall": section(deleteModels=FLAG, timeoutSeconds=COUNT),
-        "secrets": section(
-            alibaba=secret("accessKeyID", "accessKeySecret"),
-            aws=secret("accessKeyID", "secretAccessKey"),
-            gcp=secret("jsonKeyfile"),
-            huggingface=secret("token"),
-            oci=section(name=STRING),
-        ),
         "replicaCount": COUNT,
         "workers": {"type": "integer", "minimum": 1, "maximum": 63},
         "image": image(digest={"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"}),
@@ -179,6 +178,12 @@ def own() -> dict[str, Schema]:
             maxReplicas=COUNT,
             targetCPUUtilizationPercentage=COUNT,
         ),
+    }
+
+
+def network() -> dict[str, Schema]:
+    """The sections about how requests reach KubeAI's pods."""
+    return {
         "service": service(),
         "ingress": section(
             enabled=FLAG,
@@ -190,16 +195,33 @@ def own() -> dict[str, Schema]:
         "networkPolicy": section(
             enabled=FLAG, clients=ANY_LIST, gateways=ANY_LIST, monitoring=ANY_LIST
         ),
-        "metrics": section(
-            prometheusOperator=section(
-                vLLMPodMonitor=monitor(),
-                sGLangPodMonitor=monitor(),
-                llamaCppPodMonitor=monitor(),
-                podMonitor=monitor(),
-                prometheusRule=monitor(),
-            ),
-            grafanaDashboard=section(enabled=FLAG, labels=STRING_MAP, annotations=STRING_MAP),
+    }
+
+
+def metrics() -> Schema:
+    return section(
+        prometheusOperator=section(
+            vLLMPodMonitor=monitor(),
+            sGLangPodMonitor=monitor(),
+            llamaCppPodMonitor=monitor(),
+            podMonitor=monitor(),
+            prometheusRule=monitor(),
         ),
+        grafanaDashboard=section(enabled=FLAG, labels=STRING_MAP, annotations=STRING_MAP),
+    )
+
+
+def own() -> dict[str, Schema]:
+    """The sections that are not the system config's."""
+    return {
+        "global": ANY_MAP,
+        "enabled": FLAG,  # of a dependency with `condition: kubeai.enabled`
+        "crds": section(enabled=FLAG, keep=FLAG),
+        "uninstall": section(deleteModels=FLAG, timeoutSeconds=COUNT),
+        "secrets": secrets(),
+        **deployment(),
+        **network(),
+        "metrics": metrics(),
         "open-webui": open_webui(),
     }
 

@@ -76,70 +76,70 @@ def bounds(ready: int, desired: int, low: int, high: int | None) -> dict[str, An
     return {"ready": ready, "desired": desired, "min": low, "max": high}
 
 
-def models(console: ScriptedConsole) -> None:
-    console.put(
-        "llama-3.1-8b",
-        url="hf://meta-llama/Llama-3.1-8B-Instruct",
-        strategy="PrefixCache",
-        adapters=["legal", "support"],
-        replicas=bounds(3, 3, 1, 6),
-        in_flight=41,
-        rates=rates(12.4, 18200, 2140),
-        ttft_s=ttft(3720, 0.183, 0.74),
-    )
-    console.put(
-        "llama-3.3-70b",
-        state="Starting",
-        reason="ReplicasStarting",
-        message="pulling image, 1 of 3",
-        replicas=bounds(0, 3, 0, 4),
-        held=7,
-    )
-    console.put(
-        "bge-m3",
-        engine="Infinity",
-        features=["TextEmbedding"],
-        strategy="LeastLoad",
-        replicas=bounds(2, 2, 1, None),
-        in_flight=6,
-        rates=rates(55, 9100, 0.0),
-    )
-    console.put(
-        "gemma-3-4b",
-        engine="OLlama",
-        state="Scaled to zero",
-        reason="ScaledToZero",
-        message="the next request starts a replica",
-        strategy="LeastLoad",
-        replicas=bounds(0, 0, 0, 2),
-    )
-    console.put(
-        "qwen3-coder",
-        state="Degraded",
-        reason="CrashLoopBackOff",
-        message="container server keeps exiting (exit code 1): "
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "url": "hf://meta-llama/Llama-3.1-8B-Instruct",
+        "strategy": "PrefixCache",
+        "adapters": ["legal", "support"],
+        "replicas": bounds(3, 3, 1, 6),
+        "in_flight": 41,
+        "rates": rates(12.4, 18200, 2140),
+        "ttft_s": ttft(3720, 0.183, 0.74),
+    },
+    "llama-3.3-70b": {
+        "state": "Starting",
+        "reason": "ReplicasStarting",
+        "message": "pulling image, 1 of 3",
+        "replicas": bounds(0, 3, 0, 4),
+        "held": 7,
+    },
+    "bge-m3": {
+        "engine": "Infinity",
+        "features": ["TextEmbedding"],
+        "strategy": "LeastLoad",
+        "replicas": bounds(2, 2, 1, None),
+        "in_flight": 6,
+        "rates": rates(55, 9100, 0.0),
+    },
+    "gemma-3-4b": {
+        "engine": "OLlama",
+        "state": "Scaled to zero",
+        "reason": "ScaledToZero",
+        "message": "the next request starts a replica",
+        "strategy": "LeastLoad",
+        "replicas": bounds(0, 0, 0, 2),
+    },
+    "qwen3-coder": {
+        "state": "Degraded",
+        "reason": "CrashLoopBackOff",
+        "message": "container server keeps exiting (exit code 1): "
         "torch.OutOfMemoryError: CUDA out of memory",
-        replicas=bounds(1, 2, 1, 2),
-        in_flight=9,
-        rates=rates(1.8, 5200, 190),
-        ttft_s=ttft(540, 0.44, 1.8),
-    )
-    console.put(
-        "whisper-large-v3",
-        engine="FasterWhisper",
-        features=["SpeechToText"],
-        strategy="LeastLoad",
-        replicas=bounds(1, 1, 0, 2),
-        in_flight=2,
-        rates=rates(0.4, 0.0, 0.0),
-    )
-    console.put(
-        "mixtral-8x22b",
-        state="Failed",
-        reason="InvalidProfile",
-        message="spec.resourceProfile: the system config has no resource profile 'nvidia-gpu-h200'",
-        replicas=bounds(0, 1, 1, 1),
-    )
+        "replicas": bounds(1, 2, 1, 2),
+        "in_flight": 9,
+        "rates": rates(1.8, 5200, 190),
+        "ttft_s": ttft(540, 0.44, 1.8),
+    },
+    "whisper-large-v3": {
+        "engine": "FasterWhisper",
+        "features": ["SpeechToText"],
+        "strategy": "LeastLoad",
+        "replicas": bounds(1, 1, 0, 2),
+        "in_flight": 2,
+        "rates": rates(0.4, 0.0, 0.0),
+    },
+    "mixtral-8x22b": {
+        "state": "Failed",
+        "reason": "InvalidProfile",
+        "message": "spec.resourceProfile: the system config has no resource profile "
+        "'nvidia-gpu-h200'",
+        "replicas": bounds(0, 1, 1, 1),
+    },
+}
+
+
+def models(console: ScriptedConsole) -> None:
+    for name, state in MODELS.items():
+        console.put(name, **state)
 
 
 def llama(console: ScriptedConsole) -> None:

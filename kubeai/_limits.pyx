@@ -5,7 +5,7 @@ the request if it is within them. The request then counts as in flight until it 
 are reserved from an estimate. :meth:`Charge.end` replaces the estimate by what was used. Tokens
 that were reserved in vain are given back to the interval that they were reserved in, so that they
 do not count for later ones either; tokens beyond the estimate count in the interval in which they
-became known. A Charge ends once, however often it is told to.
+became known. A Charge ends once, however often ``end`` is called.
 
 Checking and counting are two steps. Of N workers that do both at the same instant, each sees the
 same use, so that a limit can be exceeded by N - 1 requests.

@@ -219,10 +219,10 @@ cdef class LoadTable(SharedTable):
     cdef inline int64_t _expected(self, size_t row, int64_t per_request) noexcept:
         """A row's work, assuming that peers have made as many unreported picks as this replica."""
         cdef int64_t here = work_of(self._here(row), per_request) << SETTLED_BITS
-        cdef int64_t told = get_i64(&self.settled[row].pending)
-        told += per_request * get_i64(&self.settled[row].in_flight)
-        cdef int64_t untold = <int64_t> get_u64(&self.header.peers) * (here - told)
-        return work_of(self._load(row), per_request) + (untold >> SETTLED_BITS)
+        cdef int64_t reported = get_i64(&self.settled[row].pending)
+        reported += per_request * get_i64(&self.settled[row].in_flight)
+        cdef int64_t unreported = <int64_t> get_u64(&self.header.peers) * (here - reported)
+        return work_of(self._load(row), per_request) + (unreported >> SETTLED_BITS)
 
     cdef uint64_t _counted(
         self, const uint64_t *cells, size_t width, size_t row, int which

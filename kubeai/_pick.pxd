@@ -39,7 +39,7 @@ cdef class Picker:
     cpdef bint has_room(self, str adapter=*, int64_t places=*)
     cdef Reservation _pick_by_ring(self, Prompt prompt, str adapter, object exclude)
     cdef Reservation _pick_cached(self, Prompt prompt, str adapter, object exclude)
-    cdef bint _is_untold(self, const Known *known) noexcept
+    cdef bint _may_be_unreported(self, const Known *known) noexcept
     cdef void _believe(self, Prompt prompt, Known *known) noexcept
     cdef void _cheapest(
         self,

@@ -12,8 +12,8 @@ of them a step takes longer. The cost is multiplied by the endpoint's slowness, 
 relative to that of the model's endpoints together. It is learned from the times to the first byte of
 streamed responses, and bounded by ``SLOWNESS_MAX``, because an engine may lie.
 
-A prompt of which the index knows nothing may have been sent by another replica that has not told it
-yet. Its beginning is therefore believed to be at the ring's endpoint for it, so that replicas agree.
+A prompt of which the index knows nothing may have been sent by another replica that has not reported
+it yet. Its beginning is therefore assumed at the ring's endpoint for it, so that replicas agree.
 
 A response that is not streamed has its first byte when it is complete. The end of its prefill is
 estimated with the learned time per token, and applied at the next pick or ``expire``; that of a short
@@ -199,7 +199,7 @@ cdef class Picker:
             return None
         ring._turn(members)
         prompt.look_up(self.index, &known)
-        if prompt.n and self._is_untold(&known):
+        if prompt.n and self._may_be_unreported(&known):
             believed = known
             held = &believed
             self._believe(prompt, &believed)
@@ -232,8 +232,8 @@ cdef class Picker:
             self._expect(reservation, ahead, prompt.streams)
         return reservation
 
-    cdef bint _is_untold(self, const Known *known) noexcept:
-        """Whether other replicas may have sent this prompt's beginning without having told it."""
+    cdef bint _may_be_unreported(self, const Known *known) noexcept:
+        """Whether other replicas may have sent this prompt's beginning and not reported it yet."""
         if self.index is None:
             return False
         if get_u64(&self.index.header.silent):

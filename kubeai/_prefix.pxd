@@ -19,7 +19,7 @@ cdef struct Header:
     uint64_t rows
     uint64_t buckets  # a power of two
     uint64_t columns  # workers
-    uint64_t silent  # other replicas of KubeAI that do not tell what they send
+    uint64_t silent  # other replicas of KubeAI that do not report the prompts they send
     uint64_t spare[2]
 
 

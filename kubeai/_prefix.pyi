@@ -19,7 +19,7 @@ class PrefixIndex(SharedMemory):
 
     rows: int
     entries: int  # 8 bytes each
-    silent: int  # number of other KubeAI replicas that do not tell what they send
+    silent: int  # number of other KubeAI replicas that do not report the prompts they send
 
     @staticmethod
     def create(rows: int, entries: int, workers: int = 1) -> PrefixIndex:

@@ -17,7 +17,7 @@ wrap after 16 times the size of the cache; an entry that is not overwritten unti
 again. An endpoint that loses its cache, because its engine restarts, gets a new epoch: entries of
 another epoch do not count.
 
-Each worker also has a log of what it has sent, from which the supervisor tells the other replicas of
+Each worker also has a log of what it has sent, which the supervisor reports to the other replicas of
 KubeAI; they note it in their own indexes.
 
 All of this is a belief about the engines. Two workers that write one bucket at the same instant may

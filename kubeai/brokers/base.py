@@ -62,11 +62,12 @@ class Delivery(ABC):
 
     @abstractmethod
     async def acknowledge(self) -> None:
-        """Tell the broker that the message is done. Returns once the broker has been told.
+        """Acknowledge the message. Returns once the acknowledgement has been sent.
 
-        The broker must not deliver the message again after it has processed this. The exception is
-        a message that the broker has already given to another receiver, because its deadline has
-        passed or its partition has moved: then neither this nor ``release`` has an effect.
+        The broker must not deliver the message again once it has processed the acknowledgement. The
+        exception is a message that the broker has already given to another receiver, because its
+        deadline has passed or its partition has moved: then neither this nor ``release`` has an
+        effect.
         """
 
     @abstractmethod
@@ -96,7 +97,7 @@ class Subscription(ABC):
 
     @abstractmethod
     async def lag(self) -> int | None:
-        """Messages that wait in the broker, undelivered; None if the broker does not tell."""
+        """Number of messages that wait for delivery; None if it does not report it."""
 
     @abstractmethod
     async def close(self) -> None:

@@ -302,7 +302,7 @@ class ServiceBusSubscription(Subscription):
         self._poll_s = poll_s
         self._batch_max_count = batch_max_count
         self._poller = Poller(self._poll)
-        # Only a message tells the lock duration, which is when the caller has to know already. So
+        # Only a message has the lock duration, but the caller needs it before the first one. So
         # this is the shortest that there is, and `extend` does nothing until it is needed.
         self.ack_deadline_s = LOCK_MIN_S
 

@@ -21,6 +21,46 @@ COLUMNS = (
 )  # fmt: skip
 
 Name = Annotated[str, typer.Argument(help="Name of the Secret, which is the key's name.")]
+Tenant = Annotated[str, typer.Option(help="Tenant: keys that share fair queueing (default: NAME).")]
+Models = Annotated[
+    str,
+    typer.Option(
+        help="Label selector for the Models that the key may use (default: all).",
+        metavar="SELECTOR",
+    ),
+]
+RequestsPerMinute = Annotated[
+    int | None, typer.Option(help="Limit of requests per minute.", min=1, max=LIMIT_MAX)
+]
+TokensPerMinute = Annotated[
+    int | None, typer.Option(help="Limit of tokens per minute.", min=1, max=LIMIT_MAX)
+]
+MaxInFlight = Annotated[
+    int | None, typer.Option(help="Limit of requests in flight.", min=1, max=LIMIT_MAX)
+]
+Priority = Annotated[
+    int | None,
+    typer.Option(
+        help="Requests with a higher priority are served first (default 0).",
+        min=PRIORITY_MIN,
+        max=PRIORITY_MAX,
+    ),
+]
+Expires = Annotated[
+    str,
+    typer.Option(
+        help="When the key expires: a duration (90d, 12h) or a time "
+        "(2027-01-31T00:00:00Z). Default: never.",
+    ),
+]
+Admin = Annotated[bool, typer.Option("--admin", help="Allow the console and what it changes.")]
+Authorino = Annotated[
+    bool,
+    typer.Option(
+        "--authorino",
+        help="Store the key itself, as Authorino reads it, instead of its SHA-256.",
+    ),
+]
 
 
 def key() -> typer.Typer:
@@ -37,50 +77,15 @@ def key() -> typer.Typer:
 
 def create(
     name: Name,
-    tenant: Annotated[
-        str, typer.Option(help="Tenant: keys that share fair queueing (default: NAME).")
-    ] = "",
-    models: Annotated[
-        str,
-        typer.Option(
-            help="Label selector for the Models that the key may use (default: all).",
-            metavar="SELECTOR",
-        ),
-    ] = "",
-    rpm: Annotated[
-        int | None, typer.Option(help="Limit of requests per minute.", min=1, max=LIMIT_MAX)
-    ] = None,
-    tpm: Annotated[
-        int | None, typer.Option(help="Limit of tokens per minute.", min=1, max=LIMIT_MAX)
-    ] = None,
-    max_in_flight: Annotated[
-        int | None, typer.Option(help="Limit of requests in flight.", min=1, max=LIMIT_MAX)
-    ] = None,
-    priority: Annotated[
-        int | None,
-        typer.Option(
-            help="Requests with a higher priority are served first (default 0).",
-            min=PRIORITY_MIN,
-            max=PRIORITY_MAX,
-        ),
-    ] = None,
-    expires: Annotated[
-        str,
-        typer.Option(
-            help="When the key expires: a duration (90d, 12h) or a time "
-            "(2027-01-31T00:00:00Z). Default: never.",
-        ),
-    ] = "",
-    admin: Annotated[
-        bool, typer.Option("--admin", help="Allow the console and what it changes.")
-    ] = False,
-    authorino: Annotated[
-        bool,
-        typer.Option(
-            "--authorino",
-            help="Store the key itself, as Authorino reads it, instead of its SHA-256.",
-        ),
-    ] = False,
+    tenant: Tenant = "",
+    models: Models = "",
+    rpm: RequestsPerMinute = None,
+    tpm: TokensPerMinute = None,
+    max_in_flight: MaxInFlight = None,
+    priority: Priority = None,
+    expires: Expires = "",
+    admin: Admin = False,
+    authorino: Authorino = False,
     kubeconfig: Kubeconfig = None,
     namespace: Namespace = "",
     output: Output = "table",

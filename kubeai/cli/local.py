@@ -16,76 +16,86 @@ from kubeai.cli.options import (
     set_log_format,
 )
 
+Manifests = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="MANIFEST", help="Manifest files or directories to apply."),
+]
+Host = Annotated[str, typer.Option(help="Listen address of the OpenAI-compatible API.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for state, logs and the kubeconfig (default $XDG_DATA_HOME/kubeai)."
+    ),
+]
+Config = Annotated[Path | None, typer.Option(help="System config file (YAML).")]
+ApiPort = Annotated[
+    int,
+    typer.Option(
+        help="Port of the Kubernetes API; 0 reuses the previous port or picks a free one.",
+        min=0,
+        max=65535,
+    ),
+]
+Namespace = Annotated[
+    str, typer.Option(help="Namespace whose Models are served; created if missing.")
+]
+ModelUrls = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="URL",
+        help="Serve these weights, without a manifest, on the best engine that is installed: "
+        "hf://, ollama://, pvc:// or s3://. Repeatable.",
+    ),
+]
+Volumes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=DIR",
+        help="Directory that serves as the volume of the claim NAME, for pvc://NAME/<path>. "
+        "Repeatable.",
+    ),
+]
+Gpus = Annotated[
+    str,
+    typer.Option(
+        metavar="all|none|N|UUIDs",
+        help="NVIDIA GPUs to assign to replicas: all that are found, none, the first N, or "
+        "those with these UUIDs, separated by commas.",
+    ),
+]
+Swap = Annotated[
+    bool,
+    typer.Option(
+        "--swap",
+        help="Scale down the least recently used idle Model when another one is requested "
+        "and does not fit.",
+    ),
+]
+RequireKeys = Annotated[
+    bool,
+    typer.Option(
+        "--require-keys",
+        help="Require an API key of every client, as gateway.keys.required does. Create one "
+        "with kubeai key create.",
+    ),
+]
+
 
 def local(
-    manifests: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="MANIFEST", help="Manifest files or directories to apply."),
-    ] = None,
-    host: Annotated[
-        str, typer.Option(help="Listen address of the OpenAI-compatible API.")
-    ] = "127.0.0.1",
+    manifests: Manifests = None,
+    host: Host = "127.0.0.1",
     port: Port = 8000,
     workers: Workers = 1,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory for state, logs and the kubeconfig (default $XDG_DATA_HOME/kubeai)."
-        ),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="System config file (YAML).")] = None,
-    api_port: Annotated[
-        int,
-        typer.Option(
-            help="Port of the Kubernetes API; 0 reuses the previous port or picks a free one.",
-            min=0,
-            max=65535,
-        ),
-    ] = 0,
-    namespace: Annotated[
-        str, typer.Option(help="Namespace whose Models are served; created if missing.")
-    ] = "default",
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="URL",
-            help="Serve these weights, without a manifest, on the best engine that is installed: "
-            "hf://, ollama://, pvc:// or s3://. Repeatable.",
-        ),
-    ] = None,
-    volume: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=DIR",
-            help="Directory that serves as the volume of the claim NAME, for pvc://NAME/<path>. "
-            "Repeatable.",
-        ),
-    ] = None,
+    data_dir: DataDir = None,
+    config: Config = None,
+    api_port: ApiPort = 0,
+    namespace: Namespace = "default",
+    model: ModelUrls = None,
+    volume: Volumes = None,
     engine_env: EngineEnv = None,
-    gpus: Annotated[
-        str,
-        typer.Option(
-            metavar="all|none|N|UUIDs",
-            help="NVIDIA GPUs to assign to replicas: all that are found, none, the first N, or "
-            "those with these UUIDs, separated by commas.",
-        ),
-    ] = "all",
-    swap: Annotated[
-        bool,
-        typer.Option(
-            "--swap",
-            help="Scale down the least recently used idle Model when another one is requested "
-            "and does not fit.",
-        ),
-    ] = False,
-    require_keys: Annotated[
-        bool,
-        typer.Option(
-            "--require-keys",
-            help="Require an API key of every client, as gateway.keys.required does. Create one "
-            "with kubeai key create.",
-        ),
-    ] = False,
+    gpus: Gpus = "all",
+    swap: Swap = False,
+    require_keys: RequireKeys = False,
     log_format: LogFormat = "auto",
 ) -> None:
     """Run on this machine without a cluster, with the same manifests and plain kubectl."""

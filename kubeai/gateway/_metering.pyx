@@ -7,9 +7,9 @@ used between two calls, and each request is reported once. A key keeps the count
 that most requests need no look-up and allocate nothing: with thousands of keys, each request would
 otherwise be the first of its key since the last report.
 
-Where an engine reports no tokens of a response, or the client left before the end,
-its tokens are estimated from its size. What a token of a Model's streams takes is learned from those
-that report them.
+If an engine does not report a response's tokens, or the client disconnects before the end, they are
+estimated from the response's size. The bytes per token of a Model's streams are learned from the
+streams that report their tokens.
 """
 
 cimport cython
@@ -21,11 +21,12 @@ from kubeai.openai._usage cimport Usage
 from kubeai.routing.usage import UsageRow
 
 cdef enum:
-    LEARNED_MIN_TOKENS = 16  # the head of a short response would count for too much
-    MODELS_MAX_COUNT = 10_000  # whose streams are known
-    HEAD_BYTES = 200  # of a response that is not streamed
-    BYTES_PER_TOKEN = 5  # of its body
-cdef double STREAM_BYTES_PER_TOKEN = 220  # until one has been seen
+    LEARNED_MIN_TOKENS = 16  # in a shorter stream, the bytes that are no tokens weigh too much
+    MODELS_MAX_COUNT = 10_000  # whose bytes per token are kept
+    # Of a response that is not streamed:
+    HEAD_BYTES = 200  # JSON around its text
+    BYTES_PER_TOKEN = 5  # of its text
+cdef double STREAM_BYTES_PER_TOKEN = 220  # until one has been learned
 cdef double LEARNING_RATE = 0.05
 
 
@@ -35,7 +36,7 @@ cdef class Counts:
     """The sums over a key's requests to one Model since the last report."""
 
     cdef tuple taken(self):
-        """The values of a UsageRow; they are 0 afterwards."""
+        """Return the sums as the values of a UsageRow, and reset them to 0."""
         cdef tuple row = (
             self.key.name,
             self.key.tenant,
@@ -62,7 +63,7 @@ cdef class Meter:
         self.bytes_per_token = {}
 
     cdef int count(self, Key key, str model, const Usage *usage, bint is_estimated) except -1:
-        """Count a request of which all numbers of tokens are known."""
+        """Count a request. ``usage`` has no UNKNOWN_TOKENS; ``is_estimated``: not reported."""
         cdef Counts counts = <Counts> key.counts
         if counts is None or counts.model is not model:
             counts = self.counts_of(key, model)
@@ -77,7 +78,11 @@ cdef class Meter:
         return 0
 
     cdef Counts counts_of(self, Key key, str model):
-        """The counts of a key that has last used another Model, or none."""
+        """The Counts of a key and Model, where ``key.counts`` is not already that one.
+
+        ``key.counts`` belongs to the first Model that the key uses after a report. Until the next
+        one, those of its other Models are in ``others``.
+        """
         cdef Counts counts = <Counts> key.counts
         if counts is not None and counts.model == model:
             return counts
@@ -92,7 +97,7 @@ cdef class Meter:
         return counts
 
     cdef int learn(self, str model, int64_t size_bytes, int64_t tokens) except -1:
-        """A stream of this size had this number of tokens."""
+        """Update a Model's bytes per token from a stream that reported its tokens."""
         cdef double known
         cdef double seen
         if tokens < LEARNED_MIN_TOKENS or size_bytes <= 0:
@@ -108,7 +113,7 @@ cdef class Meter:
         return 0
 
     cdef int64_t tokens_in(self, str model, int64_t size_bytes, bint streams) except -1:
-        """The tokens in a response of this size, as estimated."""
+        """Estimate the tokens in a response of ``size_bytes``."""
         if not streams:
             return max(<int64_t> 0, size_bytes - HEAD_BYTES) // BYTES_PER_TOKEN
         cdef double known = self.bytes_per_token.get(model, STREAM_BYTES_PER_TOKEN)

@@ -86,12 +86,7 @@ async def hold(
         raise _blocked(routed, request, block)
     if not context.hold(request.name, displaces=partial(routed.queue.displace, waiting)):
         log.warning("too many held requests", model=request.name)
-        raise BadRequest(
-            f"Too many requests are waiting for the model {request.model!r}.",
-            status=503,
-            code="overloaded",
-            retry_after_s=_retry_after_s(routed),
-        )
+        raise _too_many(routed, request)
     admission.hold()
     if not routed.can_serve(request.adapter):
         context.demand(request.name)
@@ -120,6 +115,15 @@ async def hold(
         context.unhold(request.name)
 
 
+def _too_many(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
+    return BadRequest(
+        f"Too many requests are waiting for the model {request.model!r}.",
+        status=503,
+        code="overloaded",
+        retry_after_s=_retry_after_s(routed),
+    )
+
+
 class _Watcher:
     """The context's ``hold_watcher``, if any, for one request.
 
@@ -142,7 +146,7 @@ class _Watcher:
             self._is_held = True
 
     async def permits(self, reservation: Reservation) -> bool:
-        """Whether a request that it was told to be held may use the Reservation.
+        """Whether a request that was reported as held may use the Reservation.
 
         If not, it has been released, because the wait for the permission may have been long, and
         the request has permission for the next one.

@@ -1,4 +1,4 @@
-"""Headers by which the proxy tells the local routes about the client of a request.
+"""Headers in which the proxy describes the client of a request to the local routes.
 
 Only the relay connects to the local routes, and the proxy sets these headers on every request there
 if keys are required, so they are never the client's. No engine gets them.

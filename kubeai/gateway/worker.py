@@ -91,7 +91,7 @@ class Worker:
         self._stopped: asyncio.Future[Drain] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
-        """Serve until told to drain, then drain."""
+        """Serve until the supervisor requests a drain, then drain."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop, None)
         sock = socket.socket(fileno=self._settings.channel_fd)
@@ -116,7 +116,7 @@ class Worker:
             self._channel.close()
 
     async def _serve(self, local_routes: web.Server) -> None:
-        """Serve requests until told to drain, then drain."""
+        """Serve requests until the supervisor requests a drain, then drain."""
         listener = socket.socket(fileno=self._settings.listen_fd)
         listener.setblocking(False)
         await self._server.serve(local_routes, listener, self._settings.console_path)

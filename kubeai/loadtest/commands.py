@@ -25,6 +25,27 @@ from kubeai.loadtest.arguments import (
 from kubeai.terminal.help import help_of
 
 SIMULATED_ENGINES = 8
+EndpointUrl = Annotated[
+    str,
+    typer.Argument(
+        help="Base URL of the endpoint, such as http://host:port/openai/v1. Required without "
+        "--via.",
+        show_default=False,
+    ),
+]
+OptionalUrl = Annotated[
+    str,
+    typer.Argument(
+        help="Base URL of the endpoint. Without one, each strategy on simulated engines."
+    ),
+]
+Duration = Annotated[
+    str | None,
+    option(
+        "Start no request later than this after the warm-up; in-flight requests complete.",
+        LOAD,
+    ),
+]
 
 
 def app() -> typer.Typer:
@@ -42,22 +63,9 @@ def run(
     sending: arguments.Sending,
     judging: arguments.Judging,
     files: arguments.Files,
-    url: Annotated[
-        str,
-        typer.Argument(
-            help="Base URL of the endpoint, such as http://host:port/openai/v1. Required without "
-            "--via.",
-            show_default=False,
-        ),
-    ] = "",
+    url: EndpointUrl = "",
     model: arguments.Model = "",
-    duration: Annotated[
-        str | None,
-        option(
-            "Start no request later than this after the warm-up; in-flight requests complete.",
-            LOAD,
-        ),
-    ] = None,
+    duration: Duration = None,
     processes: arguments.Processes = 1,
     name: Annotated[str, option("Name of this run in comparisons.", JUDGING)] = "",
 ) -> None:
@@ -93,14 +101,10 @@ def run(
     options.check_bounds(scenario)
     _run(
         running.run(
-            running.RunOptions(
+            _run_options(traffic, sending, processes, name)(
                 scenario=scenario,
-                processes=processes,
-                shape_given=options.is_shape_given(traffic),
-                ignore_eos=sending.ignore_eos,
                 objective=options.objective(judging),
                 selection=options.selection(judging, by_message=sending.via is not None),
-                name=name,
             ),
             output.outputs(files),
         )
@@ -115,12 +119,7 @@ def sweep(
     routing: arguments.Routing,
     judging: arguments.Judging,
     files: arguments.Files,
-    url: Annotated[
-        str,
-        typer.Argument(
-            help="Base URL of the endpoint. Without one, each strategy on simulated engines."
-        ),
-    ] = "",
+    url: OptionalUrl = "",
     model: arguments.Model = "",
     processes: arguments.Processes = 1,
     name: Annotated[str, option("Name of the endpoint in the results.", JUDGING)] = "",
@@ -131,7 +130,6 @@ def sweep(
     at none.
     """
     from kubeai.loadtest import options
-    from kubeai.loadtest import run as running
     from kubeai.loadtest import simulate as simulating
     from kubeai.loadtest import sweep as sweeping
     from kubeai.loadtest.reports import output
@@ -167,14 +165,8 @@ def sweep(
         seed=traffic.seed,
         warm_up_s=warm_up_s,
     )
-    run_options = running.RunOptions(
-        scenario=scenario,
-        processes=processes,
-        shape_given=options.is_shape_given(traffic),
-        ignore_eos=sending.ignore_eos,
-        objective=objective,
-        selection=selection,
-        name=name,
+    run_options = _run_options(traffic, sending, processes, name)(
+        scenario=scenario, objective=objective, selection=selection
     )
     _run(sweeping.run(plan, run_options, outputs))
 
@@ -346,6 +338,24 @@ def _scenario(url: str, model: str, sending: arguments.Sending) -> Any:
         stream=sending.stream and sending.via is None,
         extra_body=options.fields("--body", sending.body),
         timeout_s=options.seconds("--timeout", sending.timeout, 300.0, positive=True),
+    )
+
+
+def _run_options(
+    traffic: arguments.Traffic, sending: arguments.Sending, processes: int, name: str
+) -> Any:
+    """The options of runs, as a function of the scenario and of how its results are judged."""
+    import functools
+
+    from kubeai.loadtest import options
+    from kubeai.loadtest import run as running
+
+    return functools.partial(
+        running.RunOptions,
+        processes=processes,
+        shape_given=options.is_shape_given(traffic),
+        ignore_eos=sending.ignore_eos,
+        name=name,
     )
 
 

@@ -28,7 +28,7 @@ WORDS_MIN = 16  # with fewer words that are one token each, single words are tri
 
 
 class Prepared(NamedTuple):
-    """A complete scenario, the server's version if it tells, and what is not as requested."""
+    """A complete scenario, the server's version if reported, and what differs from the request."""
 
     scenario: Scenario
     server: str | None
@@ -172,7 +172,7 @@ class _Version(msgspec.Struct):
 
 
 async def _version(scenario: Scenario) -> str | None:
-    """The server's version, as vLLM, SGLang, Ollama and the mock engine tell it."""
+    """The server's version, as vLLM, SGLang, Ollama and the mock engine report it."""
     parts = urllib.parse.urlsplit(scenario.url)
     root = Address(f"{parts.scheme}://{parts.netloc}")
     client = Client(root, scenario.headers, timeout_s=PROBE_TIMEOUT_S)

@@ -21,7 +21,7 @@ GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def describe(server: str | None = None) -> dict[str, Any]:
-    """The environment of a run that starts now. ``server``: its version, if it tells."""
+    """The environment of a run that starts now. ``server``: its version, if it reports one."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(sys.argv),

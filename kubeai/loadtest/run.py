@@ -211,7 +211,7 @@ def interrupted(signals: Signals) -> int:
 
 
 async def prepare(run_options: RunOptions, signals: Signals) -> Prepared:
-    """Complete the scenario with what the endpoint tells; `Interrupted` by a signal."""
+    """Complete the scenario with what the endpoint reports; `Interrupted` by a signal."""
     scenario = run_options.scenario
     if scenario.via is not None and not scenario.url:
         return Prepared(scenario, None, _unmeasured_lengths(scenario))

@@ -101,7 +101,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     ``in_flight_max`` limits the requests in flight, whatever the load.
     """
 
-    url: str  # with ``via``: only for what the endpoint tells about the model; "" if unknown
+    url: str  # with ``via``: only to query the endpoint about the model; "" if unknown
     model: str
     via: MessageStream | None = None
     headers: tuple[tuple[str, str], ...] = ()

@@ -103,6 +103,17 @@ class Options(msgspec.Struct, frozen=True):
     require_keys: bool = False
 
 
+class Inputs(msgspec.Struct, frozen=True):
+    """What the command line names, read and checked."""
+
+    config: SystemConfig
+    manifests: list[Manifest]
+    volumes: dict[str, Path]
+    envs: EngineEnvs
+    drafts: list[from_url.Draft]  # of --model
+    surveying: asyncio.Task[list[Found]]  # the engines in `envs` and on PATH
+
+
 class Machine(msgspec.Struct, frozen=True):
     """What was found on this machine, for the greeting."""
 
@@ -133,44 +144,19 @@ async def run(options: Options, spawn: Spawn, show: Show | None = None) -> None:
 
     ``spawn`` starts its processes. ``show`` shows the table of Models, if there is a terminal.
     """
-    _check_host(options)
-    _check_namespace(options)
-    check_gpus(options.gpus)
-    config = _load_config(options.config)
-    if options.require_keys:
-        gateway = msgspec.structs.replace(config.gateway, keys=KeysConfig(required=True))
-        config = msgspec.structs.replace(config, gateway=gateway)
-    manifests = read_manifests(options.manifests)
-    _check_namespaces(manifests, options.namespace)
-    volumes = read_volumes(options.volumes)
-    envs = await read_engine_envs(options.engine_envs)
-    # Concurrently with the start of the API: it may have to ask the programs on PATH.
-    surveying = asyncio.create_task(survey(envs, _path()))
-    drafts = [from_url.draft(url, await surveying) for url in options.models]
-    _check_drafts(options, drafts, manifests, volumes)
-    lock = _lock(options.data_dir)
-    kubeconfig = options.data_dir / "kubeconfig"
-    api = Child(
-        "Kubernetes API",
-        lambda: _api_command(options, api),
-        options.data_dir / "api.log",
-        spawn,
-    )
+    inputs = await _read(options)
+    config, drafts, surveying = inputs.config, inputs.drafts, inputs.surveying
+    data_dir = options.data_dir
+    lock = _lock(data_dir)
+    kubeconfig = data_dir / "kubeconfig"
+    api = Child("Kubernetes API", lambda: _api_command(options, api), data_dir / "api.log", spawn)
     kubelet = Child(
         "kubelet",
-        lambda: [
-            "kubeai.local.kubelet",
-            f"--kubeconfig={kubeconfig}",
-            f"--data-dir={options.data_dir}",
-            f"--node-name={NODE_NAME}",
-            f"--gpus={options.gpus}",
-            *(f"--engine-env={engine}={directory}" for engine, directory in envs.items()),
-            *(f"--volume={claim}={directory}" for claim, directory in volumes.items()),
-        ],
-        options.data_dir / "kubelet.log",
+        lambda: _kubelet_command(options, kubeconfig, inputs),
+        data_dir / "kubelet.log",
         spawn,
     )
-    kept_port = ports.kept_port(options.data_dir)
+    kept_port = ports.kept_port(data_dir)
     try:
         await api.start()
         _say_if_moved(options, kept_port, api.port)
@@ -197,9 +183,9 @@ async def run(options: Options, spawn: Spawn, show: Show | None = None) -> None:
             gpus = resources.get(GPU, 0) // 10**9
             if options.swap:
                 supervisor.operator.enable_swap(resources)
-            await _apply(client, manifests + await _models(client, drafts, gpus, config))
-            machine = Machine(await _engines(client, envs, surveying), gpus, drafts)
-            report = Report(client, options.data_dir, show, supervisor.models)
+            await _apply(client, inputs.manifests + await _models(client, drafts, gpus, config))
+            machine = Machine(await _engines(client, inputs.envs, surveying), gpus, drafts)
+            report = Report(client, data_dir, show, supervisor.models)
             beside = JobController(client).run(), Unserved(client).run(), report.run()
             async with _beside(supervisor.stop, *beside):
                 await supervisor.run()
@@ -210,6 +196,25 @@ async def run(options: Options, spawn: Spawn, show: Show | None = None) -> None:
         await kubelet.stop()
         await api.stop()
         lock.close()
+
+
+async def _read(options: Options) -> Inputs:
+    _check_host(options)
+    _check_namespace(options)
+    check_gpus(options.gpus)
+    config = _load_config(options.config)
+    if options.require_keys:
+        gateway = msgspec.structs.replace(config.gateway, keys=KeysConfig(required=True))
+        config = msgspec.structs.replace(config, gateway=gateway)
+    manifests = read_manifests(options.manifests)
+    _check_namespaces(manifests, options.namespace)
+    volumes = read_volumes(options.volumes)
+    envs = await read_engine_envs(options.engine_envs)
+    # Concurrently with the start of the API: it may have to ask the programs on PATH.
+    surveying = asyncio.create_task(survey(envs, _path()))
+    drafts = [from_url.draft(url, await surveying) for url in options.models]
+    _check_drafts(options, drafts, manifests, volumes)
+    return Inputs(config, manifests, volumes, envs, drafts, surveying)
 
 
 def _load_config(path: Path | None) -> SystemConfig:
@@ -307,6 +312,18 @@ def _api_command(options: Options, api: Child) -> list[str]:
         f"--data-dir={options.data_dir}",
         f"--port={api.port or options.api_port}",  # a restarted API keeps its port
         f"--namespace={options.namespace}",
+    ]
+
+
+def _kubelet_command(options: Options, kubeconfig: Path, inputs: Inputs) -> list[str]:
+    return [
+        "kubeai.local.kubelet",
+        f"--kubeconfig={kubeconfig}",
+        f"--data-dir={options.data_dir}",
+        f"--node-name={NODE_NAME}",
+        f"--gpus={options.gpus}",
+        *(f"--engine-env={engine}={directory}" for engine, directory in inputs.envs.items()),
+        *(f"--volume={claim}={directory}" for claim, directory in inputs.volumes.items()),
     ]
 
 

@@ -5,7 +5,7 @@ An engine's program is looked up in the Model's ``spec.env.PATH``, in the enviro
 for its list at start and for ``--model``, and by the kubelet to run containers.
 
 No engine is imported: the versions of Python packages are read from the metadata of their
-environment. A Python that is not in a virtual environment is asked for its module path.
+environment. A Python that is not in a virtual environment is run to report its module path.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from kubeai.api.model import Engine
 from kubeai.errors import KubeAIError, quoted
 from kubeai.local.kubelet.runtime.children import run_helper
 
-ASK_TIMEOUT_S = 3.0  # for a program to report its version or its module path
-ANSWER_AGE_MAX_S = 1.0  # then the interpreter is asked again: more may be installed
+REPORT_TIMEOUT_S = 3.0  # for a program to report its version or its module path
+QUERY_AGE_MAX_S = 1.0  # then the interpreter is run again: more may be installed
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 MOCK_IMAGE = "kubeai/mock-engine"
 
@@ -119,7 +119,7 @@ def engine_of(program: str) -> Engine | None:
 
 
 async def read_engine_envs(values: Sequence[str]) -> dict[Engine, Path]:
-    """Parse and check the values of ``--engine-env``, each ``NAME=DIR``. KubeAIError names it."""
+    """Parse and check the values of ``--engine-env``, each ``NAME=DIR``. KubeAIError if invalid."""
     envs: dict[Engine, Path] = {}
     for value in values:
         engine, directory = _parse_engine_env(value)
@@ -236,12 +236,16 @@ def _pythons(module: str, path: str) -> Iterator[str]:
 
 ModulePath = tuple[str, ...]  # the directories in which a Python looks for modules
 _module_paths: dict[tuple[str, str], ModulePath] = {}  # (interpreter, module) → its path
-# The last question to each interpreter, and when it was asked.
-_questions: dict[str, tuple[float, asyncio.Task[tuple[list[str], ModulePath]]]] = {}
+# The latest query of each interpreter, and when it began (CLOCK_MONOTONIC seconds).
+_queries: dict[str, tuple[float, asyncio.Task[tuple[list[str], ModulePath]]]] = {}
 
 
 async def _module_path(python: str, module: str) -> ModulePath | None:
-    """An interpreter's module path; None if it lacks ``module``."""
+    """The directories in which an interpreter looks for modules; None if it lacks ``module``.
+
+    ``python``: path of the interpreter. Those of a virtual environment are found without running
+    it. Any other interpreter is run, once for all callers within ``QUERY_AGE_MAX_S``.
+    """
     if not os.access(python, os.X_OK):
         return None
     if (known := _module_paths.get((python, module))) is not None:
@@ -249,28 +253,28 @@ async def _module_path(python: str, module: str) -> ModulePath | None:
     folders = _site_packages(python)
     if any(_holds(folder, module) for folder in folders):
         return tuple(map(str, folders))
-    asked_s, question = _questions.get(python, (-math.inf, None))
-    if question is None or time.monotonic() - asked_s > ANSWER_AGE_MAX_S:
-        question = asyncio.create_task(_ask(python))
-        _questions[python] = time.monotonic(), question
-    modules, path = await asyncio.shield(question)
+    begun_s, query = _queries.get(python, (-math.inf, None))
+    if query is None or time.monotonic() - begun_s > QUERY_AGE_MAX_S:
+        query = asyncio.create_task(_query(python))
+        _queries[python] = time.monotonic(), query
+    modules, path = await asyncio.shield(query)
     if module not in modules:
         return None
     _module_paths[python, module] = path
     return path
 
 
-async def _ask(python: str) -> tuple[list[str], ModulePath]:
-    """Ask an interpreter which of the engines' modules it has, and for its module path."""
+async def _query(python: str) -> tuple[list[str], ModulePath]:
+    """Run an interpreter: which of the engines' modules it has, and its module path."""
     modules = [*filter(None, (known.module for known in PROGRAMS.values())), *_FORMER]
     markers = {module: _MARKERS.get(module, _MARKER) for module in modules}
-    question = (
+    program = (
         "import importlib.util as u,os,sys;"
         f"print(*(m for m,f in {markers!r}.items() if (s:=u.find_spec(m)) and s.origin"
         " and os.path.exists(os.path.join(os.path.dirname(s.origin),f))));"
         "print(*sys.path,sep='\\n')"
     )
-    _, output = await run_helper([python, "-c", question], ASK_TIMEOUT_S)
+    _, output = await run_helper([python, "-c", program], REPORT_TIMEOUT_S)
     found, *path = output.splitlines() or [""]
     return found.split(), tuple(filter(None, path))
 
@@ -324,7 +328,7 @@ async def _reported_version(program: str) -> str:
     Ollama's comes with a warning if no server is running; llama.cpp's is the number of its build.
     """
     argv = [program, "--version"]
-    code, output = await run_helper(argv, ASK_TIMEOUT_S, with_stderr=True)
+    code, output = await run_helper(argv, REPORT_TIMEOUT_S, with_stderr=True)
     found = _REPORTED.search(output) if code == 0 else None
     return next(filter(None, found.groups())) if found else ""
 
@@ -335,8 +339,8 @@ async def _reported_version(program: str) -> str:
 async def survey(envs: EngineEnvs, path: str, model_paths: Sequence[ModelPath] = ()) -> list[Found]:
     """List the engines of this machine: one entry for each, installed or not.
 
-    Engines that only Models name in their PATH are further entries. Takes at most about
-    ``ASK_TIMEOUT_S`` for each interpreter on PATH, and usually a few milliseconds.
+    An engine that is only on a Model's own PATH gets an entry of its own. Takes at most about
+    ``REPORT_TIMEOUT_S`` for each interpreter on PATH, and usually a few milliseconds.
     """
     found = await asyncio.gather(*(_find(engine, envs, path) for engine in ENGINES))
     theirs = await asyncio.gather(*(_find_for(model) for model in model_paths))

@@ -107,7 +107,7 @@ class StreamingGroup(SequenceGroup):
     """A SequenceGroup whose tokens are written to the client as they are generated.
 
     Tokens are written directly to the transport: waking a task per token and stream would cost
-    three times as much. The response is already prepared; ``chunked`` tells how its body is framed.
+    three times as much. The response is already prepared; ``chunked``: how its body is framed.
     The handler sends the last event (``last_event``) together with the end of the body.
     """
 

@@ -29,7 +29,7 @@ UNUSABLE, DUPLICATE = "UnusableAPIKey", "DuplicateAPIKey"  # reasons of Events
 
 
 class Known(msgspec.Struct, frozen=True):
-    """What is kept of a Secret: nothing from which its key could be told."""
+    """What is kept of a Secret: nothing that reveals its key."""
 
     metadata: ObjectMeta  # without annotations, of which kubectl's may contain the key
     key: ApiKey | None  # None: `problem` says why

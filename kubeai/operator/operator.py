@@ -21,23 +21,19 @@ from kubeai.api.model import Model
 from kubeai.kube.client import Kube
 from kubeai.kube.resources import MODELS, PODS
 from kubeai.logs import get_logger
-from kubeai.operator.blocks import BlockTracker
 from kubeai.operator.controller import Controller
 from kubeai.operator.events import Events
 from kubeai.operator.groups import SetObject, needs_set
 from kubeai.operator.keys import Keys, Known
 from kubeai.operator.leader import Leadership
-from kubeai.operator.names import Names
 from kubeai.operator.pods import PodObject
-from kubeai.operator.routes import route_of
+from kubeai.operator.route_publisher import RoutePublisher
 from kubeai.operator.scaling.scaler import Activator, Loads, Scaler
 from kubeai.operator.scaling.swap import Swap
 from kubeai.operator.scaling.timeline import Step, Timeline
 from kubeai.operator.sets import Sets
-from kubeai.operator.starting import StartTracker
 from kubeai.operator.store import Store
 from kubeai.operator.view import ModelView, view_of
-from kubeai.podspec import form_model
 from kubeai.routing.routes import Route
 
 log = get_logger(__name__)
@@ -65,26 +61,15 @@ class Operator:
         self._kube = kube
         self._config = config
         self._namespace = namespace
-        self._publish = publish
-        self._stop = asyncio.Event()
-        self._ended = asyncio.Event()
-        self._resign = asyncio.Event()
-        self._resigned = asyncio.Event()
-        for event in (self._ended, self._resigned):
-            event.set()  # until `run` starts, there is nothing to wait for
+        self._stop = _End()
+        self._resign = _End()
         self.store = Store(
-            self._changed,
-            address_override=config.allow_pod_address_override,
-            follows_sets=True,
+            self._changed, address_override=config.allow_pod_address_override, follows_sets=True
         )
-        self._names = Names()
-        self._blocks = BlockTracker(config.gateway)
-        self._starts = StartTracker()
+        self._routes = RoutePublisher(self.store, config, publish)
         self.leader = Leadership(kube, namespace, identity, config.leader_election, self._turn)
         self._events = Events(kube, namespace)
-        self._keys: Keys | None = None
-        if publish_key is not None:
-            self._keys = Keys(publish_key, self._emit_about_key, self._begin)
+        self._keys = publish_key and Keys(publish_key, self._emit_about_key, self._begin)
         fenced = kube.fenced(self.leader.check)  # for all writes that are reserved to the leader
         self._sets = Sets(
             kube,
@@ -104,7 +89,7 @@ class Operator:
             loads,
             self._events,
             no_sets=lambda: self._sets.problem,
-            names=self._names.resolve,
+            names=self._routes.names.resolve,
         )
         self._timeline = Timeline()
         self._activator = Activator(
@@ -135,7 +120,7 @@ class Operator:
 
     def demand(self, model: str) -> None:
         """Report that a request is held for the model, so at least one replica is wanted."""
-        if not self._stop.is_set():
+        if not self._stop.requested.is_set():
             self._activator.demand(model)
 
     async def run(self) -> None:
@@ -146,29 +131,29 @@ class Operator:
             self._sets.run(),
             self._events.run(),
             self._lead(),
-            self._stop.wait(),
+            self._stop.requested.wait(),
         ]
         if not self._config.external:  # else no request is seen here
             jobs.append(self._activator.run())
         if self._keys is not None:
             jobs.append(self._keys.run(self._kube, self._namespace))
-        self._ended.clear()
+        self._stop.reached.clear()
         try:
             await _first_of(*jobs)
         finally:
-            self._stop.set()
+            self._stop.requested.set()
             await self._activator.stop()
-            self._ended.set()
+            self._stop.reached.set()
 
     async def _lead(self) -> None:
         """Run the leader's part until :meth:`resign`, then release the lease."""
-        self._resigned.clear()
+        self._resign.reached.clear()
         try:
             jobs = [
                 self.leader.run(),
                 self.controller.claims.run(),
                 self.controller.services.run(),
-                self._resign.wait(),
+                self._resign.requested.wait(),
             ]
             if not self._config.external:
                 jobs.append(self._scaler.run())
@@ -177,18 +162,16 @@ class Operator:
             await self.controller.stop()
             with contextlib.suppress(Exception):
                 await self.leader.release()
-            self._resigned.set()
-        await self._stop.wait()
+            self._resign.reached.set()
+        await self._stop.requested.wait()
 
     async def resign(self) -> None:
         """Stop leading and release the lease. Routes and demand continue until :meth:`stop`."""
-        self._resign.set()
-        await self._resigned.wait()
+        await self._resign.request()
 
     async def stop(self) -> None:
         """Stop writing, then release the lease. Returns when ``run`` has finished."""
-        self._stop.set()
-        await self._ended.wait()
+        await self._stop.request()
 
     # -- what people see (view.py) ---------------------------------------------------------------
 
@@ -215,7 +198,7 @@ class Operator:
         if not self.synced.is_set():
             return  # `_begin` handles all models
         # Those that gain an alias come first, so that it always belongs to a Model.
-        for other in sorted(self._names.observe(name, self.store.models.get(name))):
+        for other in sorted(self._routes.names.observe(name, self.store.models.get(name))):
             self._route(other)
             self.controller.changed(other)
         self._route(name)
@@ -227,7 +210,7 @@ class Operator:
             return
         if self._keys is not None and not self._keys.listed:
             return
-        self._names.begin(self.store.models)
+        self._routes.names.begin(self.store.models)
         for name in self.store.models:
             self._route(name)
         self.synced.set()
@@ -237,24 +220,10 @@ class Operator:
     def _route(self, name: str) -> None:
         model = self.store.models.get(name)
         if model is None:
-            self._blocks.forget(name)
-            self._starts.forget(name)
             self._timeline.forget(name)
-            self._publish(name, None)
-            return
-        self._timeline.observed(model)
-        pods = self.store.observed_pods(name)
-        blocks, start = self._blocks.observe(model, pods), self._starts.observe(model, pods)
-        route = route_of(
-            model,
-            pods,
-            blocks,
-            start,
-            form_model(model, self._config),
-            gateway=self._config.gateway,
-            names=self._names.resolve(name),
-        )
-        self._publish(name, route)
+        else:
+            self._timeline.observed(model)
+        self._routes.publish(name)
 
     def _turn(self, leads: bool) -> None:
         if leads:
@@ -303,6 +272,18 @@ class Operator:
             replaced=self._replace_pods,
             changed=self.store.pod_changed,
         )
+
+
+class _End:
+    """The end of a part of :meth:`Operator.run`: first it is requested, then reached."""
+
+    def __init__(self) -> None:
+        self.requested, self.reached = asyncio.Event(), asyncio.Event()
+        self.reached.set()  # until `run` starts, there is nothing to wait for
+
+    async def request(self) -> None:
+        self.requested.set()
+        await self.reached.wait()
 
 
 async def _first_of(*jobs: Coroutine[Any, Any, Any]) -> None:

@@ -37,16 +37,6 @@ def route_of(
         return None
     declared = tuple(adapter.name for adapter in spec.adapters)
     own = [pod for pod in pods if pod.owner == meta.uid]
-    endpoints = [
-        Endpoint(pod.name, pod.address, tuple(a for a in pod.loaded if a in declared))
-        for pod in own
-        if pod.serves
-    ]
-    draining = [
-        pod.name
-        for pod in own
-        if (pod.terminating or pod.draining_since_s) and not pod.finished and pod.address
-    ]
     balancing = spec.load_balancing
     created = meta.creation_timestamp
     return Route(
@@ -62,8 +52,8 @@ def route_of(
         replication=balancing.prefix_hash.replication,
         prefix_char_length=balancing.prefix_hash.prefix_char_length,
         cache_load_factor=(balancing.prefix_cache and balancing.prefix_cache.mean_load_factor) or 0,
-        endpoints=tuple(sorted(endpoints, key=lambda endpoint: endpoint.name)),
-        draining=tuple(sorted(draining)),
+        endpoints=_endpoints(own, declared),
+        draining=_draining(own),
         block=blocks.model,
         adapter_blocks=blocks.adapters,
         progress=start.progress,
@@ -77,4 +67,24 @@ def route_of(
         wait_before_fallback_s=wait_before_fallback_s(spec.wait_before_fallback),
         canary=names.canary,
         canary_percent=spec.canary.percent if spec.canary is not None and names.canary else 0,
+    )
+
+
+def _endpoints(own: Iterable[Pod], declared: tuple[str, ...]) -> tuple[Endpoint, ...]:
+    endpoints = [
+        Endpoint(pod.name, pod.address, tuple(a for a in pod.loaded if a in declared))
+        for pod in own
+        if pod.serves
+    ]
+    return tuple(sorted(endpoints, key=lambda endpoint: endpoint.name))
+
+
+def _draining(own: Iterable[Pod]) -> tuple[str, ...]:
+    """The names of pods that serve no new request but may have some in flight."""
+    return tuple(
+        sorted(
+            pod.name
+            for pod in own
+            if (pod.terminating or pod.draining_since_s) and not pod.finished and pod.address
+        )
     )

@@ -60,8 +60,8 @@ class EndpointConnections(Protocol):
 class RoutingTable:
     """A worker's view of all models. Only the supervisor's messages change it, on one event loop.
 
-    ``target`` creates the upstream that Reservations of an endpoint carry. It is created once per
-    address and row, and closed when the endpoint is removed or either of them changes.
+    ``target`` creates the EndpointConnections that an endpoint's Reservations carry. They are
+    created once per address and row, and closed when the endpoint is removed or either changes.
     """
 
     def __init__(
@@ -72,9 +72,11 @@ class RoutingTable:
         index: PrefixIndex | None = None,
         queues: QueueTable | None = None,
     ) -> None:
-        """``clock``: seconds on the time scale of ejections; None: CLOCK_MONOTONIC.
+        """``table``: this worker's column of the load table.
 
-        ``queues``: shared with the other workers; None: there are none.
+        ``clock``: seconds on the time scale of ejections; None: CLOCK_MONOTONIC. ``index``: which
+        prompts the endpoints have cached; None: unknown. ``queues``: the queue
+        table that the workers share; None: this worker is the only one, with its own.
         """
         self.version = 0
         self.queues = queues or _own_queues(table)

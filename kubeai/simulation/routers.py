@@ -94,12 +94,12 @@ class Replica:
         )
         for row, name in enumerate(setting.pod_names, 1):
             self._ring.set(name, row, self._lives[row], target=row - 1)
-        self._told_index = PrefixIndex.create(setting.engines + 1, INDEX_ENTRIES)
-        self._index = PrefixIndex.attach(self._told_index.fd, 0)
+        self._shared_index = PrefixIndex.create(setting.engines + 1, INDEX_ENTRIES)
+        self._index = PrefixIndex.attach(self._shared_index.fd, 0)
         for row in range(1, setting.engines + 1):
             self._index.set_cache(row, setting.engine.cache_blocks * setting.engine.block_tokens)
-        if setting.shared and not setting.told:
-            self._told_index.silent = setting.replicas - 1
+        if setting.shared and not setting.shares_prompts:
+            self._shared_index.silent = setting.replicas - 1
         self._without = setting.without
         self._picker = Picker(self._ring, None if "index" in setting.without else self._index)
         strategy = setting.strategy
@@ -142,13 +142,13 @@ class Replica:
 
     def take_sent(self) -> list[Sent]:
         """The prompts sent since the last call."""
-        entries, _ = self._told_index.take_log(SENT_MAX)
+        entries, _ = self._shared_index.take_log(SENT_MAX)
         return entries
 
     def note_sent(self, sent: list[Sent]) -> None:
         """Note what another replica has sent."""
         for row, new_tokens, blocks in sent:
-            self._told_index.note(row, blocks, new_tokens)
+            self._shared_index.note(row, blocks, new_tokens)
 
     def settle(self) -> None:
         """Move the settled counts, which predict the peers' loads, towards the current loads."""
@@ -157,7 +157,7 @@ class Replica:
     def close(self) -> None:
         """Close the load table."""
         self._index.close()
-        self._told_index.close()
+        self._shared_index.close()
         self._table.close()
         self._supervisor.close()
 
@@ -171,7 +171,7 @@ class Replicas(Router):
             Replica(setting, self._random.getrandbits(32), now_s) for _ in range(setting.replicas)
         ]
         self._shares_loads = setting.shared and setting.replicas > 1
-        self._tells = setting.told
+        self._shares_prompts = setting.shares_prompts
         self._interval_s, self._network_delay_s = setting.share_interval_s, setting.network_s
 
     @override
@@ -194,7 +194,7 @@ class Replicas(Router):
 
     def _share_loads(self, at: Clock, number: int, now_s: float) -> None:
         loads = self._replicas[number].loads()
-        sent = self._replicas[number].take_sent() if self._tells else []
+        sent = self._replicas[number].take_sent() if self._shares_prompts else []
         for other in self._replicas:
             if other is not self._replicas[number]:
                 arrival_s = now_s + self._network_delay_s

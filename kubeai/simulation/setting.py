@@ -34,7 +34,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     prefix_char_length: int = 100
     replicas: int = 1  # of KubeAI; a pick counts at once locally, and in others when they hear it
     shared: bool = True  # whether the replicas exchange their loads
-    told: bool = True  # whether they tell each other which prompts they have sent
+    # Whether they report to each other which prompts they have sent.
+    shares_prompts: bool = msgspec.field(default=True, name="told")
     without: tuple[Part, ...] = ()  # parts of PrefixCache that are left out, to measure their worth
     expected: bool = True  # whether a replica assumes that its peers pick as it does itself
     share_interval_s: float = msgspec.field(default=0.05, name="tell_interval_s")

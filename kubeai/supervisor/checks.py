@@ -1,6 +1,6 @@
-"""Checks of the system config that concern several of its sections.
+"""Checks of the system config that concern several of its sections, and of ``--workers``.
 
-The supervisor calls :func:`check_config` before it starts anything.
+The supervisor calls :func:`check_config` and :func:`check_workers` before it starts anything.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import msgspec
 
 from kubeai.api.config.system import SystemConfig
 from kubeai.brokers.streams import open_streams
-from kubeai.errors import ConfigError
+from kubeai.errors import ConfigError, KubeAIError
 from kubeai.routing.channel import SETTINGS_MAX_BYTES
+
+PROCESSES_MAX = 63  # workers and the messenger; the limit of `LoadTable.create`
 
 
 def check_config(config: SystemConfig) -> None:
@@ -18,6 +20,13 @@ def check_config(config: SystemConfig) -> None:
     check_streams(config)
     check_keys(config)
     check_settings(config)
+
+
+def check_workers(workers: int, config: SystemConfig) -> None:
+    """KubeAIError if there cannot be this number of worker processes."""
+    workers_max = PROCESSES_MAX - bool(config.messaging.streams)
+    if not 1 <= workers <= workers_max:
+        raise KubeAIError(f"--workers: {workers} is not between 1 and {workers_max}")
 
 
 def check_streams(config: SystemConfig) -> None:

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import random
 import signal
+import socket
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from aiohttp import web
 
-from kubeai._journal import Journal
 from kubeai._key_table import KeyTable
-from kubeai._load import LoadTable
-from kubeai._prefix import PrefixIndex
-from kubeai._queue_table import QueueTable
 from kubeai.api.api_key import ApiKey
 from kubeai.api.config.system import SystemConfig
 from kubeai.errors import KubeAIError
@@ -36,28 +32,23 @@ from kubeai.routing.keys import KeyDelta
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Route
 from kubeai.supervisor.cache_sizes import CacheSizes
-from kubeai.supervisor.checks import check_config
+from kubeai.supervisor.checks import check_config, check_workers
 from kubeai.supervisor.console.app import Console
 from kubeai.supervisor.console.state import Fleet, ModelSummary, Worker
 from kubeai.supervisor.console.traffic import Traffic
 from kubeai.supervisor.key_metrics import KeyLimits
 from kubeai.supervisor.listeners import authority, listen, parse_address
 from kubeai.supervisor.loads import AllLoads
+from kubeai.supervisor.memory import Memory
 from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
 from kubeai.supervisor.metrics import Metrics
 from kubeai.supervisor.peers.peers import LOADS_PATH, METRICS_HEADERS, Peers
 from kubeai.supervisor.pod_condition import PodCondition
 from kubeai.supervisor.usage.book import UsageBook
-from kubeai.supervisor.worker_process import MESSENGER, WorkerProcess
+from kubeai.supervisor.worker_process import MESSENGER, Program, Reports, WorkerProcess
 
 log = get_logger(__name__)
 
-# 1,000 Models and 10,000 pods, each replaced twice before its rows are freed. Memory is only
-# allocated once a row is touched.
-TABLE_ROWS = 32_768
-INDEX_ENTRIES = 1 << 20  # 8 MiB
-KEY_ROWS = 16_384  # API keys, those included whose last requests have not ended yet
-WORKERS_MAX = 63
 SWEEP_INTERVAL_S = 0.5
 # Between the drain timeout and SIGKILL.
 EXIT_GRACE_S = 5.0
@@ -67,9 +58,17 @@ class Supervisor:
     """Connects the operator to the workers and keeps the worker processes running.
 
     ``identity`` names this KubeAI replica as the lease holder. ``pod`` is the name of its pod,
-    whose labels select the other replicas (empty: there are none). ``started`` is called once, when
-    every worker accepts requests. ``local``: the Kubernetes API is this machine's own.
+    whose labels select the other replicas (empty: there are none). ``host`` and ``port`` are where
+    the ``workers`` processes serve requests (port 0: any free one). ``spawn`` starts a process.
+    ``started`` is called once, when every worker accepts requests. ``local``: the Kubernetes API
+    is that of ``kubeai local``. KubeAIError if an argument or the config cannot be used.
     """
+
+    synced = False  # whether all Models and API keys are known
+    stopping = False
+    metrics_address = health_address = ""  # bound ones; empty until `run` serves
+    _announced = False  # whether `started` has been called
+    _signals = 0  # received so far
 
     def __init__(
         self,
@@ -86,39 +85,19 @@ class Supervisor:
         started: Callable[[], None] = lambda: None,
         local: bool = False,
     ) -> None:
-        has_streams = bool(config.messaging.streams)
-        workers_max = WORKERS_MAX - has_streams
-        if not 1 <= workers <= workers_max:
-            raise KubeAIError(f"--workers: {workers} is not between 1 and {workers_max}")
+        check_workers(workers, config)
         check_config(config)
         check_tracing()
+        has_streams = bool(config.messaging.streams)
         self.config = config
-        columns = workers + has_streams
-        self.table = LoadTable.create(TABLE_ROWS, columns)
-        self.table.phase = random.getrandbits(32)
-        self.index = PrefixIndex.create(TABLE_ROWS, INDEX_ENTRIES, columns)
-        self.queues = QueueTable.create(TABLE_ROWS, columns)
+        self._memory = Memory.create(workers + has_streams, keys=config.gateway.keys.required)
+        self.table, self.index, self.queues, self.key_table, journal = self._memory
         self.publisher = Publisher(self.table, self.index, self.queues)
         # None: requests need no key.
-        self.key_table: KeyTable | None = None
         self.keys: KeyPublisher | None = None
-        peers_keys = None
-        if config.gateway.keys.required:
-            self.key_table = KeyTable.create(KEY_ROWS, columns)
+        if self.key_table is not None:
             self.keys = KeyPublisher(self.key_table, self.publisher.advance)
-            peers_keys = self.key_table, self.keys
-        self.peers = Peers(
-            kube,
-            namespace,
-            identity,
-            self.table,
-            self.index,
-            self.publisher,
-            pod=pod,
-            addresses=config.fixed_self_metric_addrs,
-            keys=peers_keys,
-            queues=self.queues,
-        )
+        self.peers = self._make_peers(kube, namespace, identity, pod)
         self._cache_sizes = CacheSizes(self.index, self.publisher)
         self.operator = Operator(
             kube,
@@ -132,78 +111,104 @@ class Supervisor:
         self._usage = UsageBook(
             kube, namespace, identity, keys=self._key_names, models=self.publisher.models
         )
-        self.synced = False
-        self.stopping = False
-        self.metrics_address = ""
-        self.health_address = ""
         self._started = started
-        self._announced = False
         # Another gateway sends the requests: there is nothing to serve here.
         listeners = [] if config.external else listen(host, port, workers, "--port")
-        journal = Journal.create(columns)
         self._traffic = Traffic(journal, self.table)
         self._fleet = Fleet(self.operator, self.publisher, self.table, self._traffic)
         self._console: Console | None = None
         if config.gateway.ui.enabled:
-            self._console = Console(
-                kube,
-                namespace,
-                self._fleet,
-                self._traffic,
-                workers=self._worker_states,
-                stream_problems=lambda: self._streams.problems,
-                synced=lambda: self.synced,
-                local=local,
-                keys=self.keys is not None,
-            )
+            self._console = self._make_console(kube, namespace, local=local)
         self._streams = MessageStreams(config.messaging)
-        self._metrics = Metrics(
+        self._metrics = self._make_metrics()
+        self.port: int = listeners[0].getsockname()[1] if listeners else 0
+        self._workers, self._messenger = self._make_processes(listeners, workers, spawn)
+        self._processes = [*self._workers, *filter(None, [self._messenger])]
+        self._pod_condition: PodCondition | None = None
+        if pod and has_streams:
+            self._pod_condition = PodCondition(kube, namespace, pod, lambda: self._streams.problems)
+        self._stop = asyncio.Event()
+
+    # -- the parts of one supervisor ---------------------------------------------------------------
+
+    @property
+    def _key_rows(self) -> tuple[KeyTable, KeyPublisher] | None:
+        """None: requests need no key."""
+        if self.key_table is None or self.keys is None:
+            return None
+        return self.key_table, self.keys
+
+    def _make_peers(self, kube: Kube, namespace: str, identity: str, pod: str) -> Peers:
+        return Peers(
+            kube,
+            namespace,
+            identity,
+            self.table,
+            self.index,
+            self.publisher,
+            pod=pod,
+            addresses=self.config.fixed_self_metric_addrs,
+            keys=self._key_rows,
+            queues=self.queues,
+        )
+
+    def _make_metrics(self) -> Metrics:
+        keys = self._key_rows
+        return Metrics(
             self.table,
             self.publisher,
             self.peers.silences_s,
-            self._streams if has_streams else None,
-            limits=None if peers_keys is None else KeyLimits(*peers_keys),
-            usage=self._usage.collector if config.gateway.keys.required else None,
+            self._streams if self.config.messaging.streams else None,
+            limits=None if keys is None else KeyLimits(*keys),
+            usage=None if keys is None else self._usage.collector,
             queues=self.queues,
         )
-        self.port: int = listeners[0].getsockname()[1] if listeners else 0
-        start = partial(
-            WorkerProcess,
-            table=self.table,
-            index=self.index,
-            queues=self.queues,
-            config=config.gateway,
-            journal_fd=-1 if self._console is None else journal.fd,
-            key_table=self.key_table,
-            console_path="" if self._console is None else self._console.path,
-            snapshot=self._snapshot,
-            on_ready=self._worker_ready,
-            on_demand=self.operator.demand,
-            on_usage=self._usage.add,
-            on_events=self._metrics.events.report,
-            spawn=spawn,
+
+    def _make_processes(
+        self, listeners: Sequence[socket.socket], workers: int, spawn: Spawn
+    ) -> tuple[list[WorkerProcess], WorkerProcess | None]:
+        """The workers, and the messenger if the config has message streams.
+
+        The messenger's column comes after those of all ``workers``, listeners or not.
+        """
+        program = Program(self.config.gateway)
+        if self._console is not None:
+            program = program._replace(console_path=self._console.path)
+        reports = Reports(
+            self._worker_ready,
+            self.operator.demand,
+            events=self._metrics.events.report,
+            usage=self._usage.add,
         )
-        self._workers = [start(column, sock) for column, sock in enumerate(listeners)]
-        # None: the config has no message streams.
-        self._messenger: WorkerProcess | None = None
-        self._pod_condition: PodCondition | None = None
-        if has_streams:
-            self._messenger = start(
-                workers,
-                None,
-                on_ready=self._streams.ready,
-                module=MESSENGER,
-                messaging=config.messaging,
-                on_streams=self._streams.report,
-                on_end=self._streams.ended,
-            )
-            if pod:
-                self._pod_condition = PodCondition(
-                    kube, namespace, pod, lambda: self._streams.problems
-                )
-        self._processes = [*self._workers, *filter(None, [self._messenger])]
-        self._stop = asyncio.Event()
-        self._signals = 0
+        start = partial(WorkerProcess, memory=self._memory, snapshot=self._snapshot, spawn=spawn)
+        started = [
+            start(column, sock, program=program, reports=reports)
+            for column, sock in enumerate(listeners)
+        ]
+        messaging, streams = self.config.messaging, self._streams
+        if not messaging.streams:
+            return started, None
+        return started, start(
+            workers,
+            None,
+            program=program._replace(module=MESSENGER, messaging=messaging),
+            reports=reports._replace(
+                ready=streams.ready, streams=streams.report, end=streams.ended
+            ),
+        )
+
+    def _make_console(self, kube: Kube, namespace: str, *, local: bool) -> Console:
+        return Console(
+            kube,
+            namespace,
+            self._fleet,
+            self._traffic,
+            workers=self._worker_states,
+            stream_problems=lambda: self._streams.problems,
+            synced=lambda: self.synced,
+            local=local,
+            keys=self.keys is not None,
+        )
 
     # -- what the workers and the operator call ------------------------------------------------
 
@@ -320,16 +325,10 @@ class Supervisor:
                 await self._console.close()
             for worker in self._workers:
                 worker.close_listener()
-            self._close_tables()
+            self._memory.close()
         for task in (operator, *lives, *background):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
-
-    def _close_tables(self) -> None:
-        self.table.close()
-        self.queues.close()
-        if self.key_table is not None:
-            self.key_table.close()
 
     def stop(self) -> None:
         """Start draining; ``run`` returns when all workers have exited."""

@@ -10,11 +10,8 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from kubeai._key_table import KeyTable
-from kubeai._load import LoadTable
-from kubeai._prefix import PrefixIndex
-from kubeai._queue_table import QueueTable
 from kubeai.api.config.system import GatewayConfig, Messaging
 from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
@@ -30,6 +27,7 @@ from kubeai.routing.channel import (
     WorkerSettings,
 )
 from kubeai.routing.usage import UsageReport
+from kubeai.supervisor.memory import Memory
 
 log = get_logger(__name__)
 
@@ -42,46 +40,48 @@ WORKER = "kubeai.gateway.worker"
 MESSENGER = "kubeai.messenger"
 
 
+class Program(NamedTuple):
+    """What a process runs. ``console_path``, ``messaging``: see :class:`WorkerSettings`."""
+
+    gateway: GatewayConfig
+    module: str = WORKER
+    console_path: str = ""
+    messaging: Messaging | None = None
+
+
+class Reports(NamedTuple):
+    """The functions that are called with what a process reports.
+
+    ``ready``: it accepts requests. ``demand``: it holds a request for the model of this name.
+    ``streams``: the messenger's report. ``events``: counts of events. ``usage``: what API keys use.
+    ``end``: it has ended.
+    """
+
+    ready: Callable[[], None]
+    demand: Callable[[str], None]
+    streams: Callable[[Streams], None] = lambda _: None
+    events: Callable[[EventReport], None] = lambda _: None
+    usage: Callable[[UsageReport], None] = lambda _: None
+    end: Callable[[], None] = lambda: None
+
+
 class WorkerProcess:
-    """One column of the load table, one listener, and the process that currently uses them."""
+    """One column of the shared memory, one listener, and the process that currently uses them."""
 
     def __init__(
         self,
         column: int,
         listener: socket.socket | None,
-        table: LoadTable,
-        index: PrefixIndex,
-        queues: QueueTable,
-        config: GatewayConfig,
+        memory: Memory,
+        program: Program,
+        reports: Reports,
         *,
-        journal_fd: int,
-        key_table: KeyTable | None,
-        console_path: str,
         snapshot: Callable[[], Sequence[Down]],
-        on_ready: Callable[[], None],
-        on_demand: Callable[[str], None],
         spawn: Spawn,
-        module: str = WORKER,
-        messaging: Messaging | None = None,
-        on_streams: Callable[[Streams], None] = lambda _: None,
-        on_events: Callable[[EventReport], None] = lambda _: None,
-        on_end: Callable[[], None] = lambda: None,
-        on_usage: Callable[[UsageReport], None] = lambda _: None,
     ) -> None:
         """``listener``: None for the messenger.
 
-        ``journal_fd``, ``console_path``, ``messaging``: see :class:`WorkerSettings`.
-        ``key_table``: None: keys are not required.
-
         ``snapshot``: the routes and keys for a new process; empty: they are not known yet.
-
-        ``on_ready``: called when the process accepts requests. ``on_demand``: called with the name
-        of a model for which it holds a request.
-
-        ``module``: what the process runs. ``on_streams``: called with the messenger's reports.
-        ``on_events``: called with the counts of events.
-        ``on_end``: called when the process has ended. ``on_usage``: called with its reports of what
-        API keys use.
         """
         self.column = column
         self.listener = listener
@@ -89,23 +89,11 @@ class WorkerProcess:
         self.pid = 0
         self.restarts = 0
         self.stopping = False  # the process is not restarted when it exits
-        self._table = table
-        self._index = index
-        self._queues = queues
-        self._config = config
-        self._journal_fd = journal_fd
-        self._key_table = key_table
-        self._console_path = console_path
+        self._memory = memory
+        self._program = program
+        self._reports = reports
         self._snapshot = snapshot
-        self._on_ready = on_ready
-        self._on_demand = on_demand
         self._spawn = spawn
-        self._module = module
-        self._messaging = messaging
-        self._on_streams = on_streams
-        self._on_events = on_events
-        self._on_end = on_end
-        self._on_usage = on_usage
         self._channel: Channel | None = None
         self._process: Process | None = None
 
@@ -117,14 +105,11 @@ class WorkerProcess:
             started = loop.time()
             code = await self._run_once()
             # The process has been reaped, so it can no longer write to its column.
-            self._table.clear_column(self.column)
-            if self._key_table is not None:
-                self._key_table.clear_column(self.column)
-            self._queues.clear_column(self.column)
-            self._on_end()
+            self._memory.clear_column(self.column)
+            self._reports.end()
             if self.stopping:
                 return
-            name = "worker" if self._module == WORKER else "messenger"
+            name = "worker" if self._program.module == WORKER else "messenger"
             log.error(f"{name} died", worker=self.column, pid=self.pid, exit_code=code)
             await asyncio.sleep(backoff.next_s(loop.time() - started))
             self.restarts += 1
@@ -133,23 +118,10 @@ class WorkerProcess:
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            settings = WorkerSettings(
-                column=self.column,
-                table_fd=self._table.fd,
-                index_fd=self._index.fd,
-                listen_fd=-1 if self.listener is None else self.listener.fileno(),
-                channel_fd=theirs.fileno(),
-                gateway=self._config,
-                journal_fd=self._journal_fd,
-                key_table_fd=-1 if self._key_table is None else self._key_table.fd,
-                console_path=self._console_path,
-                messaging=self._messaging,
-                queue_fd=self._queues.fd,
-                wake_fds=self._queues.wake_fds,
-            )
+            settings = self._settings(theirs.fileno())
             process = await self._spawn(
                 Command(
-                    self._module,
+                    self._program.module,
                     env={**os.environ, **settings.environment},
                     pass_fds=settings.descriptors,
                 )
@@ -174,18 +146,35 @@ class WorkerProcess:
             self._process = None
             channel.close()
 
+    def _settings(self, channel_fd: int) -> WorkerSettings:
+        memory, program = self._memory, self._program
+        return WorkerSettings(
+            column=self.column,
+            table_fd=memory.loads.fd,
+            index_fd=memory.prefixes.fd,
+            listen_fd=-1 if self.listener is None else self.listener.fileno(),
+            channel_fd=channel_fd,
+            gateway=program.gateway,
+            journal_fd=memory.journal.fd if program.console_path else -1,
+            key_table_fd=-1 if memory.keys is None else memory.keys.fd,
+            console_path=program.console_path,
+            messaging=program.messaging,
+            queue_fd=memory.queues.fd,
+            wake_fds=memory.queues.wake_fds,
+        )
+
     def _received(self, message: object) -> None:
         if isinstance(message, Ready):
             self.ready = True
-            self._on_ready()
+            self._reports.ready()
         elif isinstance(message, Demand):
-            self._on_demand(message.model)
+            self._reports.demand(message.model)
         elif isinstance(message, Streams):
-            self._on_streams(message)
+            self._reports.streams(message)
         elif isinstance(message, UsageReport):
-            self._on_usage(message)
+            self._reports.usage(message)
         elif isinstance(message, EventReport):
-            self._on_events(message)
+            self._reports.events(message)
 
     def send(self, message: Down) -> None:
         """Send a message to the process; dropped if it does not run."""

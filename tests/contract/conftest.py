@@ -13,6 +13,7 @@ from pathlib import Path
 
 import kubectls
 import pytest
+from helms import Helm
 from operators import Nodes, World, as_operator
 from servers import ApiServer, assets, embedded, install_models, real
 from widgets import WIDGETS, Collection, until
@@ -106,3 +107,8 @@ def kubectl(request, kube_api: str, tmp_path: Path) -> kubectls.Kubectl:
     if request.param not in programs:
         pytest.skip(f"no kubectl ({request.param})")
     return kubectls.Kubectl(programs[request.param], kube_api, tmp_path)
+
+
+@pytest.fixture
+def helm(tmp_path: Path) -> Helm:
+    return Helm(tmp_path)

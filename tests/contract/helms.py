@@ -17,6 +17,54 @@ MODELS_CHART = CHARTS / "models"
 HELM_TIMEOUT_S = 150
 REPOSITORY = "registry.example.com/kubeai"
 IMAGE = ("--set", f"image.repository={REPOSITORY}")  # has no default
+# Values of the chart kubeai that render all that it has.
+ALL_ON = {
+    "replicaCount": 3,
+    "secrets": {
+        "huggingface": {"token": "t"},
+        "aws": {"create": False, "name": "mine"},
+        "oci": {"name": "weights"},
+    },
+    "proxy": {"mode": "external"},
+    "cacheProfiles": {"fast": {"sharedFilesystem": {"storageClassName": "nfs"}}},
+    "podDisruptionBudget": {"maxUnavailable": "50%"},
+    "autoscaling": {"enabled": True},
+    "resources": {"requests": {"cpu": 1}},
+    "ingress": {"enabled": True, "className": "nginx", "tls": [{"hosts": ["a.example"]}]},
+    "networkPolicy": {
+        "enabled": True,
+        "clients": [{"namespaceSelector": {}}],
+        "gateways": [{"podSelector": {"matchLabels": {"app": "envoy"}}}],
+        "monitoring": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
+    },
+    "metrics": {
+        "prometheusOperator": {
+            "vLLMPodMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+            "sGLangPodMonitor": {"enabled": True},
+            "llamaCppPodMonitor": {"enabled": True},
+            "podMonitor": {"enabled": True},
+            "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
+        },
+        "grafanaDashboard": {"enabled": True, "annotations": {"grafana_folder": "LLM"}},
+    },
+    "imagePullSecrets": [{"name": "pull"}],
+    "podAnnotations": {"a": "b"},
+    "podLabels": {"team": "inference"},
+    "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/r"}},
+    "service": {"type": "NodePort", "nodePort": 30080, "annotations": {"a": "b"}},
+    "nodeSelector": {"kubernetes.io/arch": "amd64"},
+    "tolerations": [{"operator": "Exists"}],
+    "affinity": {"nodeAffinity": {}},
+    "env": [{"name": "A", "value": "b"}],
+    "envFrom": [{"secretRef": {"name": "message-broker"}}],
+    "volumes": [{"name": "v", "emptyDir": {}}],
+    "volumeMounts": [{"name": "v", "mountPath": "/v"}],
+    "gateway": {"holdTimeout": "5m", "bodyMaxBytes": "128Mi"},
+    "leaderElection": {"leaseDuration": "20s"},
+    "messaging": {"streams": [{"requestsURL": "nats://a?queue=k", "responsesURL": "nats://b"}]},
+    "uninstall": {"deleteModels": True},
+    "modelServerPods": {"jsonPatches": [{"op": "add", "path": "/spec/hostNetwork", "value": True}]},
+}
 
 
 class Helm:

@@ -201,6 +201,43 @@ def real(directory: Path, *options: str, accounts: Sequence[str] = ()):
     folder = assets("etcd", "kube-apiserver")
     assert folder is not None
     directory.mkdir(parents=True)
+    token, tokens = _write_tokens(directory / "tokens.csv", accounts)
+    credentials.load(directory)  # certificates for loopback
+    key = directory / "service-accounts.key"
+    _make_rsa_key(key)
+    clients = Authority(directory, "kubelet-clients")
+    client = clients.client(KUBELET_CLIENT)
+    log = directory / "kube-apiserver.log"
+    with _etcd(folder, directory) as etcd_url, kept_ports(1) as (port,):
+        command = (
+            str(folder / "kube-apiserver"),
+            f"--etcd-servers={etcd_url}",
+            f"--secure-port={port}",
+            "--bind-address=127.0.0.1",
+            f"--cert-dir={directory / 'certificates'}",
+            f"--tls-cert-file={directory / 'tls.crt'}",
+            f"--tls-private-key-file={directory / 'tls.key'}",
+            f"--kubelet-client-certificate={client.certificate}",
+            f"--kubelet-client-key={client.key}",
+            "--service-cluster-ip-range=10.0.0.0/24",
+            f"--service-account-key-file={key}",
+            f"--service-account-signing-key-file={key}",
+            "--service-account-issuer=https://kubernetes.default.svc",
+            "--authorization-mode=RBAC",
+            f"--token-auth-file={directory / 'tokens.csv'}",
+            "--disable-admission-plugins=ServiceAccount",
+            *options,
+        )
+        url, ca_file = f"https://127.0.0.1:{port}", str(directory / "ca.crt")
+        with running(log, *command) as program:
+            server = ApiServer("real", url, token, ca_file, str(clients.file), program, tokens)
+            ready = lambda: _is_healthy(server) and _takes_services(server)  # noqa: E731
+            wait_until(ready, "kube-apiserver is ready", log)
+            yield server
+
+
+def _write_tokens(file: Path, accounts: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """The administrator's token, and those of the service accounts."""
     token = secrets.token_hex(16)
     tokens = {account: secrets.token_hex(16) for account in accounts}
     users = [f'{token},admin,admin,"system:masters"\n']
@@ -208,66 +245,27 @@ def real(directory: Path, *options: str, accounts: Sequence[str] = ()):
         f'{one},system:serviceaccount:{account},{account},"system:serviceaccounts"\n'
         for account, one in tokens.items()
     ]
-    (directory / "tokens.csv").write_text("".join(users))
-    credentials.load(directory)  # certificates for loopback
-    key = directory / "service-accounts.key"
-    _make_rsa_key(key)
-    clients = Authority(directory, "kubelet-clients")
-    client = clients.client(KUBELET_CLIENT)
-    with contextlib.ExitStack() as stack:
-        etcd_port, peer_port, port = stack.enter_context(kept_ports(3))
-        etcd_url = f"http://127.0.0.1:{etcd_port}"
-        peer_url = f"http://127.0.0.1:{peer_port}"
-        stack.enter_context(
-            running(
-                directory / "etcd.log",
-                str(folder / "etcd"),
-                f"--data-dir={directory / 'etcd'}",
-                f"--listen-client-urls={etcd_url}",
-                f"--advertise-client-urls={etcd_url}",
-                f"--listen-peer-urls={peer_url}",
-                f"--initial-advertise-peer-urls={peer_url}",
-                f"--initial-cluster=default={peer_url}",
-                "--unsafe-no-fsync",
-            )
+    file.write_text("".join(users))
+    return token, tokens
+
+
+@contextlib.contextmanager
+def _etcd(folder: Path, directory: Path):
+    """The URL of an etcd on loopback, whose binary is in ``folder``."""
+    with kept_ports(2) as (port, peer_port):
+        url, peer_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{peer_port}"
+        command = (
+            str(folder / "etcd"),
+            f"--data-dir={directory / 'etcd'}",
+            f"--listen-client-urls={url}",
+            f"--advertise-client-urls={url}",
+            f"--listen-peer-urls={peer_url}",
+            f"--initial-advertise-peer-urls={peer_url}",
+            f"--initial-cluster=default={peer_url}",
+            "--unsafe-no-fsync",
         )
-        program = stack.enter_context(
-            running(
-                directory / "kube-apiserver.log",
-                str(folder / "kube-apiserver"),
-                f"--etcd-servers={etcd_url}",
-                f"--secure-port={port}",
-                "--bind-address=127.0.0.1",
-                f"--cert-dir={directory / 'certificates'}",
-                f"--tls-cert-file={directory / 'tls.crt'}",
-                f"--tls-private-key-file={directory / 'tls.key'}",
-                f"--kubelet-client-certificate={client.certificate}",
-                f"--kubelet-client-key={client.key}",
-                "--service-cluster-ip-range=10.0.0.0/24",
-                f"--service-account-key-file={key}",
-                f"--service-account-signing-key-file={key}",
-                "--service-account-issuer=https://kubernetes.default.svc",
-                "--authorization-mode=RBAC",
-                f"--token-auth-file={directory / 'tokens.csv'}",
-                "--disable-admission-plugins=ServiceAccount",
-                *options,
-            )
-        )
-        server = ApiServer(
-            "real",
-            f"https://127.0.0.1:{port}",
-            token,
-            str(directory / "ca.crt"),
-            str(clients.file),
-            program,
-            tokens,
-        )
-        wait_until(
-            lambda: _is_healthy(server) and _takes_services(server),
-            "kube-apiserver is ready",
-            directory / "kube-apiserver.log",
-        )
-        yield server
+        with running(directory / "etcd.log", *command):
+            yield url
 
 
 def _is_healthy(server: ApiServer) -> bool:
@@ -294,13 +292,15 @@ def cluster(
     calls_per_s: int | None = None,
     accounts: Sequence[str] = (),
     kwok: bool = True,
+    prepare: Callable[[ApiServer], None] = lambda _: None,
 ):
     """A whole control plane, and kwok: the Nodes that :func:`node` makes become Ready, every pod
     on one Running. Other Nodes are for a kubelet of the test's own; without ``kwok``, all are.
 
     ``options`` and ``accounts``: as of :func:`real`. ``calls_per_s``: what scheduler and
     controller-manager may ask of it, where their default (50 and 20) is not what a cluster of any
-    size is given.
+    size is given. ``prepare``: what is in the API before the controllers start. The
+    controller-manager looks for new types only every 30 s.
     """
     folder = assets(*CONTROL_PLANE)
     assert folder is not None
@@ -308,6 +308,7 @@ def cluster(
     if calls_per_s is not None:
         limits = f"--kube-api-qps={calls_per_s}", f"--kube-api-burst={calls_per_s}"
     with real(directory, *options, accounts=accounts) as server, contextlib.ExitStack() as stack:
+        prepare(server)
         kubeconfig = server.kubeconfig(directory / "admin.kubeconfig", "default")
 
         def run(name: str, *options: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helms import CHART, CHARTS, IMAGE, MODELS_CHART, REPOSITORY, Helm, config_of, one
+from helms import CHART, CHARTS, IMAGE, MODELS_CHART, REPOSITORY, config_of, one
 
 from kubeai.api.config.system import parse_config
 from kubeai.api.crd import model_crd
@@ -33,11 +33,6 @@ ALL_ON = {
     },
     "open-webui": {"enabled": True},
 }
-
-
-@pytest.fixture
-def helm(tmp_path) -> Helm:
-    return Helm(tmp_path)
 
 
 # -- keys that are not given -----------------------------------------------------------------------

@@ -10,8 +10,12 @@ import pytest
 from operators import CONFIG, World, until
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node
 
+from kubeai.api.config.system import parse_config
+from kubeai.api.model import decode_model
 from kubeai.kube.client import Kube
-from kubeai.kube.resources import MODELS, PODS
+from kubeai.kube.resources import JOBS, MODELS, PODS
+from kubeai.podspec.cache import JOB_LABEL, load_job
+from kubeai.podspec.container import Object
 
 pytestmark = pytest.mark.cluster
 
@@ -30,8 +34,8 @@ GPU_TAINT = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"
 def api(tmp_path_factory) -> Iterator[ApiServer]:
     if assets(*CONTROL_PLANE) is None:
         pytest.skip("KUBEBUILDER_ASSETS holds no whole control plane")
-    with cluster(tmp_path_factory.mktemp("cluster") / "servers") as server:
-        install_models(server)
+    folder = tmp_path_factory.mktemp("cluster") / "servers"
+    with cluster(folder, prepare=install_models) as server:
         yield server
 
 
@@ -65,6 +69,44 @@ class Cluster(World):
     async def message(self, type_: str, name: str = "m") -> str:
         conditions = (await self.status(name)).get("conditions") or []
         return next((c["message"] for c in conditions if c["type"] == type_), "")
+
+    def cordon(self, name: str, unschedulable: bool = True) -> None:
+        path = f"/api/v1/nodes/{self.kube.namespace}-{name}"
+        patch = {"spec": {"unschedulable": unschedulable}}
+        assert self.api.request("PATCH", path, patch, "application/merge-patch+json")[0] == 200
+
+    def evict(self, pod: Object) -> int:
+        """Evict a pod as `kubectl drain` does; the status code of the response."""
+        meta = {"name": pod["metadata"]["name"], "namespace": self.kube.namespace}
+        eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": meta}
+        path = f"/api/v1/namespaces/{self.kube.namespace}/pods/{meta['name']}/eviction"
+        return self.api.request("POST", path, eviction)[0]
+
+    def create_budget(self, **spec: object) -> None:
+        """A PodDisruptionBudget with the selector of docs/how-to/high-availability.md."""
+        no_job = {"key": JOB_LABEL, "operator": "DoesNotExist"}
+        selector = {"matchLabels": {"model": "m"}, "matchExpressions": [no_job]}
+        budget = {"metadata": {"name": "m"}, "spec": {"selector": selector, **spec}}
+        code, answer = self.api.request("POST", self._budgets(), budget)
+        assert code == 201, answer
+
+    async def budget_is(self, expected: int, allowed: int) -> None:
+        def is_so() -> bool:
+            _, budget = self.api.request("GET", f"{self._budgets()}/m")
+            status = budget.get("status", {})
+            seen[:] = [budget]
+            counts = status.get("expectedPods"), status.get("disruptionsAllowed")
+            is_current = status.get("observedGeneration") == budget["metadata"]["generation"]
+            return is_current and counts == (expected, allowed)
+
+        seen: list[Object] = []
+        try:
+            await until(is_so, f"{allowed} of {expected} pods may be evicted")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {seen[0].get('status')}") from None
+
+    def _budgets(self) -> str:
+        return f"/apis/policy/v1/namespaces/{self.kube.namespace}/poddisruptionbudgets"
 
     async def close(self) -> None:
         await super().close()
@@ -133,23 +175,58 @@ async def test_a_cordoned_nodes_pod_that_is_evicted_comes_back_elsewhere(world):
     await world.replicas_are(1, 1)
     world.add_node("other", "l4", 2)
     (pod,) = await world.pods()
-    name = f"{world.kube.namespace}-one"
-    path = f"/api/v1/nodes/{name}"
-    patch = {"spec": {"unschedulable": True}}
-    assert world.api.request("PATCH", path, patch, "application/merge-patch+json")[0] == 200
-    eviction = {
-        "apiVersion": "policy/v1",
-        "kind": "Eviction",
-        "metadata": {"name": pod["metadata"]["name"], "namespace": world.kube.namespace},
-    }
-    path = f"/api/v1/namespaces/{world.kube.namespace}/pods/{pod['metadata']['name']}/eviction"
-    assert world.api.request("POST", path, eviction)[0] == 201
+    world.cordon("one")
+    assert world.evict(pod) == 201
 
     async def moved():
         return await world.where() == ["other"] and len(replica.endpoints("m") or []) == 1
 
     await until(moved, "a pod on the other node serves")
     await world.replicas_are(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("budget", "allowed_of_four"),
+    [
+        ({"maxUnavailable": 1}, 1),
+        ({"maxUnavailable": "50%"}, 2),
+        ({"minAvailable": "50%"}, 2),
+        ({"minAvailable": 1}, 3),
+    ],
+    ids=str,
+)
+async def test_budget_allows_evictions_by_the_models_scale(world, budget, allowed_of_four):
+    world.add_node("one")
+    world.start()
+    await world.create(autoscalingDisabled=True, replicas=2)
+    await world.replicas_are(2, 2)
+    world.create_budget(**budget)
+    await world.budget_is(2, 1)
+
+    world.cordon("one")  # so that the evicted pod's successor does not become ready
+    first, second = await world.pods()
+    assert world.evict(first) == 201
+    assert world.evict(second) == 429
+    world.cordon("one", False)
+    await world.budget_is(2, 1)
+
+    await world.kube.patch(MODELS, "m", {"spec": {"replicas": 4}}, subresource="scale")
+    await world.budget_is(4, allowed_of_four)
+
+
+async def test_budget_of_a_model_leaves_out_the_pods_of_its_cache_jobs(world):
+    """The disruption controller cannot count them: a Job has no scale."""
+    world.add_node("one")
+    world.start()
+    made = await world.create(autoscalingDisabled=True, replicas=2)
+    await world.replicas_are(2, 2)
+    made["spec"]["cacheProfile"] = "nfs"
+    profiles = "cacheProfiles: {nfs: {sharedFilesystem: {storageClassName: x}}}"
+    config = parse_config(CONFIG + profiles)
+    await world.kube.create(JOBS, load_job(decode_model(made), config))
+    await world.pods_once(3)
+    world.create_budget(maxUnavailable=1)
+    await world.budget_is(2, 1)
 
 
 async def test_deleted_models_objects_are_garbage_collected_without_operator(world):

@@ -17,7 +17,7 @@ import yaml
 from doc_pages import STORES, Page
 from kubelets import Kubelet
 from repository import REPOSITORY
-from servers import ApiServer, cluster, wait_until
+from servers import ApiServer, cluster, install_models, wait_until
 
 from kubeai.api.config.images import DEFAULT_IMAGES
 
@@ -129,15 +129,17 @@ class Cluster(Surroundings):
 
     def start(self, stack: contextlib.ExitStack) -> None:
         """Start the control plane and the node; install the chart unless the page does."""
+        installs = "chart" not in self.page.starts
         server = stack.enter_context(
             cluster(
                 self.folder / "cluster",
                 f"--advertise-address={ADDRESS}",
                 accounts=ACCOUNTS,
                 kwok=False,
+                # The reader's controller-manager has known Models for longer than 30 s.
+                prepare=install_models if installs else lambda _: None,
             )
         )
-        installs = "chart" not in self.page.starts
         kubeconfig = server.kubeconfig(
             self.folder / "kubeconfig", NAMESPACE if installs else "default"
         )
@@ -199,6 +201,7 @@ class Cluster(Surroundings):
 
     def _install(self) -> None:
         options = ("--set", "image.repository=registry.example.com/kubeai", "--create-namespace")
+        options += ("--take-ownership",)  # of the Models' type
         subprocess.run(
             ["helm", "install", "kubeai", str(CHART), "-n", NAMESPACE, *options, "--wait"],
             env=self.environment,

@@ -53,6 +53,56 @@ class Events:
         await until(what, check)
 
 
+def check_requests(first, last, answers):
+    """As the console shows the request that started a replica, and the last one."""
+    assert first["waited_s"] > 0.5
+    assert "had waited" in first["why"]
+    for request, answer in ((first, answers[0]), (last, answers[2])):
+        assert (request["status"], request["end"]) == (200, "whole")
+        assert request["prompt_tokens"] == answer.prompt_tokens
+        assert request["output_tokens"] == 16
+        assert 0 < request["ttft_s"] <= request["duration_s"]
+    assert last["cached_tokens"] == answers[2].cached_tokens > 0
+    assert (first["pick"], last["pick"]) == ("new", "cached")
+
+
+async def check_apply(client, kube, shown):
+    """A changed manifest is applied, one with an unknown field is not. ``shown``: the Model's."""
+    manifest = shown.replace("maxReplicas: 2", "maxReplicas: 3")
+    yaml = {**CHANGE, "Content-Type": "application/yaml"}
+    async with client.post("/ui/api/apply", data=manifest, headers=yaml) as response:
+        assert (response.status, await response.json()) == (200, {"applied": ["m"]})
+    assert (await kube.get(MODELS, "m"))["spec"]["maxReplicas"] == 3
+    unknown = manifest.replace("engine:", "engin:")
+    async with client.post("/ui/api/apply", data=unknown, headers=yaml) as response:
+        assert response.status == 422
+        assert "engin" in (await response.json())["error"]["message"]
+
+
+async def watch_a_cold_start(client, local):
+    """The last of three requests, the first of which starts a replica. Ends a worker."""
+    async with client.get("/ui/api/events") as response:
+        events = Events(response)
+        await events.until(
+            "the Model is shown",
+            lambda: (
+                events.state.get("models")
+                and events.state["models"][0]["state"] == "Scaled to zero"
+            ),
+        )
+        answers = [await chat(client, local.endpoint, "m", "hello " * 200) for _ in range(3)]
+        assert all(answer.whole for answer in answers)
+        await events.until("the requests are shown", lambda: len(events.requests) == 3)
+        last, _, first = events.requests
+        check_requests(first, last, answers)
+        assert "hello" not in json.dumps(events.requests), "contents are never kept"
+        await events.until("it is ready", lambda: events.state["models"][0]["state"] == "Ready")
+        assert events.state["models"][0]["rates"]["requests_per_s"] > 0
+
+        os.kill(local.workers()[0], signal.SIGKILL)
+        return last
+
+
 async def test_a_cold_start_is_shown_and_models_are_changed(local):
     origin = local.endpoint.removesuffix("/openai/v1")
     async with aiohttp.ClientSession(origin) as client, local.kube() as kube:
@@ -66,34 +116,7 @@ async def test_a_cold_start_is_shown_and_models_are_changed(local):
             assert (response.status, response.url.path) == (200, "/ui/")
             assert "script-src 'self'" in response.headers["Content-Security-Policy"]
 
-        async with client.get("/ui/api/events") as response:
-            events = Events(response)
-            await events.until(
-                "the Model is shown",
-                lambda: (
-                    events.state.get("models")
-                    and events.state["models"][0]["state"] == "Scaled to zero"
-                ),
-            )
-            answers = [await chat(client, local.endpoint, "m", "hello " * 200) for _ in range(3)]
-            assert all(answer.whole for answer in answers)
-            await events.until("the requests are shown", lambda: len(events.requests) == 3)
-            last, _, first = events.requests
-            assert first["waited_s"] > 0.5
-            assert "had waited" in first["why"]
-            for request, answer in ((first, answers[0]), (last, answers[2])):
-                assert (request["status"], request["end"]) == (200, "whole")
-                assert request["prompt_tokens"] == answer.prompt_tokens
-                assert request["output_tokens"] == 16
-                assert 0 < request["ttft_s"] <= request["duration_s"]
-            assert last["cached_tokens"] == answers[2].cached_tokens > 0
-            assert (first["pick"], last["pick"]) == ("new", "cached")
-            assert "hello" not in json.dumps(events.requests), "contents are never kept"
-            await events.until("it is ready", lambda: events.state["models"][0]["state"] == "Ready")
-            assert events.state["models"][0]["rates"]["requests_per_s"] > 0
-
-            os.kill(local.workers()[0], signal.SIGKILL)
-
+        last = await watch_a_cold_start(client, local)
         shown = await details()
         (step,) = shown["timeline"]
         assert (step["from"], step["to"], step["reason"]) == (0, 1, "a request is waiting")
@@ -119,15 +142,7 @@ async def test_a_cold_start_is_shown_and_models_are_changed(local):
             return [(s["from"], s["to"]) for s in (await details())["timeline"]] == [(1, 2), (0, 1)]
 
         await until("the change is in the timeline", scaled)
-        manifest = (await details())["yaml"].replace("maxReplicas: 2", "maxReplicas: 3")
-        yaml = {**CHANGE, "Content-Type": "application/yaml"}
-        async with client.post("/ui/api/apply", data=manifest, headers=yaml) as response:
-            assert (response.status, await response.json()) == (200, {"applied": ["m"]})
-        assert (await kube.get(MODELS, "m"))["spec"]["maxReplicas"] == 3
-        unknown = manifest.replace("engine:", "engin:")
-        async with client.post("/ui/api/apply", data=unknown, headers=yaml) as response:
-            assert response.status == 422
-            assert "engin" in (await response.json())["error"]["message"]
+        await check_apply(client, kube, (await details())["yaml"])
         async with client.delete("/ui/api/models/m", headers=CHANGE) as response:
             assert response.status == 200
 

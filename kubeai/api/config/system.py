@@ -455,7 +455,10 @@ def _config(value: dict[str, Any], defaults: Mapping[str, Any] | None) -> System
 
 
 def _without_unusable(config: SystemConfig) -> SystemConfig:
-    """Drop entries that cannot be used but do no harm, with a warning."""
+    """Drop the self metric addresses and resource profiles that cannot be used, with a warning.
+
+    Addresses without a host get that of the local machine.
+    """
     addresses = []
     for i, address in enumerate(config.fixed_self_metric_addrs):
         try:

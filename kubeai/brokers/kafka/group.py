@@ -286,7 +286,7 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
                 begin = await self._offsets_to_begin([key for key in keys if key not in stored])
             self._assign({key: stored.get(key) for key in keys}, begin)
         except TimeoutError:
-            self._end(f"has not told the group's offsets within {REBALANCE_TIMEOUT_S:g} s")
+            self._end(f"did not report the group's offsets within {REBALANCE_TIMEOUT_S:g} s")
         except Exception as error:
             self._end(f"cannot take the partitions: {reason_of(error)}")
         self._settled.set()
@@ -316,7 +316,7 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
         self._waiting = deque(each for each in self._waiting if each.partition.owned)
 
     async def _stored(self, keys: list[TopicPartition]) -> dict[TopicPartition, tuple[int, str]]:
-        """The group's committed offsets and their metadata, of the partitions that have any."""
+        """The group's committed offset and its metadata for each partition that has one."""
         while keys:
             try:
                 found = await self._admin.list_consumer_group_offsets(self._group, partitions=keys)
@@ -341,7 +341,10 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
     # The connection
 
     async def lag(self) -> int | None:
-        """As :meth:`Subscription.lag`, for all partitions of the topics."""
+        """As :meth:`Subscription.lag`, for all partitions of the topics.
+
+        Messages that were fetched or released and wait for `receive` are included.
+        """
         self._check()
         keys = [
             TopicPartition(topic, number)

@@ -58,9 +58,9 @@ from kubeai.brokers.urls import BrokerUrl
 RETRY_S = 10.0  # in which a call that fails is repeated
 CALL_TIMEOUT_S = 12.0
 PULL_TIMEOUT_S = 15.0
-CLOSE_TIMEOUT_S = 5.0  # of giving back what was not received
+CLOSE_TIMEOUT_S = 5.0  # to release the messages that were pulled but not received
 PULL_PAUSE_S = 1.0  # after a pull that has failed
-ACK_DEADLINE_MIN_S = 10.0  # that a subscription can have
+ACK_DEADLINE_MIN_S = 10.0  # the shortest that Pub/Sub allows
 MESSAGE_MAX_BYTES = 10_000_000
 _ENDPOINT = "pubsub.googleapis.com:443"
 _NAME = re.compile(r"projects/([^/]+)/(topics|subscriptions)/([^/]+)|([^/]+)/([^/]+)")
@@ -163,7 +163,7 @@ async def _open(opened: _Subscription | _Topic) -> None:
 
 
 def _failures(error: BaseException) -> Mapping[str, str]:
-    """The reason for each acknowledgement that has failed, with exactly-once delivery."""
+    """Map each ack ID that failed to its reason. Empty without exactly-once delivery."""
     return (isinstance(error, GoogleAPICallError) and error.metadata) or {}
 
 
@@ -175,12 +175,16 @@ _RETRY = AsyncRetry(predicate=_is_transient, initial=0.1, maximum=2.0, timeout=R
 
 
 class _Connection:
-    """A channel to the service, and why it is not to be used any more."""
+    """A gRPC channel and the resource that it is for.
+
+    ``path``: the subscription or topic, ``projects/PROJECT/…/NAME``. The first error ends the
+    connection: from then on, each use raises BrokerUnavailable with that error.
+    """
 
     def __init__(self, channel: grpc.aio.Channel, path: str) -> None:
         self.path = path
         self._channel = channel
-        self._ended: str | None = None
+        self._end_reason: str | None = None
         self._closed = False
 
     async def call(
@@ -191,7 +195,7 @@ class _Connection:
         retry: bool = True,
         **fields: Any,
     ) -> Any:
-        """Call a method of the service. Errors but those of ``raises`` end the connection."""
+        """Call a method of the service. Errors other than ``raises`` end the connection."""
         self.check()
         try:
             return await method(
@@ -207,14 +211,14 @@ class _Connection:
             raise
 
     def end(self, reason: str) -> BrokerUnavailable:
-        """Every later use raises BrokerUnavailable, which is returned."""
-        self._ended = self._ended or reason
-        return BrokerUnavailable(f"Pub/Sub, {self.path}: {self._ended}")
+        """End the connection. Returns the BrokerUnavailable that each later use raises."""
+        self._end_reason = self._end_reason or reason
+        return BrokerUnavailable(f"Pub/Sub, {self.path}: {self._end_reason}")
 
     def check(self) -> None:
-        """BrokerUnavailable after the end."""
-        if self._ended:
-            raise self.end(self._ended)
+        """Raise BrokerUnavailable if the connection has ended."""
+        if self._end_reason:
+            raise self.end(self._end_reason)
 
     async def close(self) -> None:
         """Cancel all calls, and close the channel."""
@@ -245,6 +249,12 @@ class _Delivery(Delivery):
 
 
 class _Subscription(Subscription):
+    """A subscription, read with unary pulls of up to ``receive_max_count`` messages.
+
+    ``release_by_deadline``: the option ``nacklazy``. A released message is delivered again when its
+    ack deadline passes, rather than at once.
+    """
+
     ack_deadline_s: float = ACK_DEADLINE_MIN_S
 
     def __init__(
@@ -322,9 +332,9 @@ class _Subscription(Subscription):
             await self._releases.add(delivery.ack_id)
 
     async def _confirm(self, method: Any, ack_ids: list[str], **fields: Any) -> None:
-        """Call a method with acknowledgement ids; repeat it for those that have failed for now.
+        """Call a method with ack IDs, and retry those that fail transiently.
 
-        The others that have failed are of messages that have been delivered again meanwhile.
+        An ID that fails permanently has expired: its message has been delivered again.
         """
         connection = self._connection
         left = ack_ids

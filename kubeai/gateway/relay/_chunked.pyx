@@ -135,7 +135,7 @@ cdef void chunks_reset(Chunks *chunks) noexcept:
 
 
 cdef bytes one_chunk(bytes data):
-    """``data``, at least one byte, as one chunk."""
+    """Frame ``data``, at least one byte, as one chunk."""
     cdef char line[24]
     cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
     cdef int line_size = snprintf(line, sizeof(line), b"%zx\r\n", size)
@@ -147,8 +147,10 @@ cdef bytes one_chunk(bytes data):
 
 
 cdef Py_ssize_t whole_chunk(const char *data, Py_ssize_t size) noexcept:
-    """The size of the line before the data of a chunk that is all of a text, which is between two
-    chunks; 0 if the text is anything else, such as the last chunk, or has extensions."""
+    """The bytes before the chunk's data, if ``data`` is exactly one chunk; otherwise 0.
+
+    For use between two chunks. The last chunk and a chunk with extensions return 0.
+    """
     cdef Py_ssize_t at = 0
     cdef Py_ssize_t length = 0
     cdef int digit
@@ -166,7 +168,9 @@ cdef Py_ssize_t whole_chunk(const char *data, Py_ssize_t size) noexcept:
 
 
 def unchunk(*pieces):
-    """Parse chunked framing given in pieces: (data, bytes used, ended). ValueError if malformed.
+    """Parse a chunked body given in pieces. Returns the data, the bytes used, and if it ended.
+
+    ValueError if it is malformed.
 
     For tests and fuzzers only: the relay itself never joins pieces.
     """

@@ -29,16 +29,16 @@ from kubeai.gateway.relay._exchange import LOST as _LOST
 
 cdef enum:
     SWITCHING = 101
-    LINGER_MAX_S = 2  # to flush what a client has sent before it left
-    EARLY_MAX_BYTES = 1 << 20  # then a client is not read before there is an engine
-    GREETING_MAX_BYTES = 4096  # the longest first frame of an engine that is dropped
+    LINGER_MAX_S = 2  # to flush to the engine what a client sent before it closed
+    EARLY_MAX_BYTES = 1 << 20  # buffered before there is an engine; then the client is paused
+    GREETING_MAX_BYTES = 4096  # a longer first frame of an engine is always passed on
 
 cdef bytes LINE = b" 101 Switching Protocols"
 cdef bytes UPGRADE = b"Upgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
 
 
 cdef Py_ssize_t frame_end(bytes data) noexcept:
-    """The end of the frame of a server that data begins with; 0: it is incomplete; -1: too long."""
+    """Size of the server frame at the start of ``data``; 0: incomplete; -1: too long."""
     cdef const unsigned char *at = <const unsigned char *> PyBytes_AS_STRING(data)
     cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
     cdef Py_ssize_t end
@@ -193,12 +193,13 @@ cdef class Tunnel:
         return 0
 
     cdef int _client_left(self, bint is_reset) except -1:
+        """End the exchange: the client sent a FIN, or its connection was lost (``is_reset``)."""
         cdef UpstreamEnd upstream = self.upstream
         if self.exchange.finished:
             return 0
         self.exchange.whole = not is_reset
         if upstream is not None:
-            self.exchange.upstream = None  # it is closed, not aborted
+            self.exchange.upstream = None  # `_abort` would abort it; `close` flushes it first
             upstream.exchange = None
             upstream.deadline = now() + LINGER_MAX_S
             self.engine.close()
@@ -206,18 +207,20 @@ cdef class Tunnel:
         return 0
 
     cdef int _engine_left(self, bint is_reset) except -1:
+        """End the exchange: the engine sent a FIN, or its connection was lost (``is_reset``)."""
         cdef DownstreamEnd downstream = self.downstream
         if self.exchange.finished:
             return 0
         if is_reset:
             self.exchange.broken = True
             self.exchange.pool.note_failure(_LOST)
-        set_reading(self.client, True)  # until it ends: a reset would discard what it was sent
+        set_reading(self.client, True)  # unread input would cause a RST, which discards output
         downstream.input = b""  # so that the connection lingers
         downstream._response_ended()
         return 0
 
     cdef int _client_stalls(self, bint stalls) except -1:
+        """The client's write buffer has become full (``stalls``), or has drained."""
         self.downstream.write_paused = stalls
         if self.exchange.finished:
             return 0
@@ -228,6 +231,7 @@ cdef class Tunnel:
         return self._set_deadline()
 
     cdef int _engine_stalls(self, bint stalls) except -1:
+        """The engine's write buffer has become full (``stalls``), or has drained."""
         self.upstream.write_paused = stalls
         if self.exchange.finished:
             return 0

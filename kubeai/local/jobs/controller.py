@@ -109,7 +109,11 @@ class JobController:
     # -- reconcile -------------------------------------------------------------------------------
 
     async def reconcile(self, key: str) -> float | None:
-        """Take one step. Returns seconds until the next reconcile, or None to wait for a change."""
+        """Take one step for the Job ``namespace/name``.
+
+        With an empty name, only pods whose owner reference was removed lose their Job finalizer.
+        Returns seconds until the next reconcile, or None to wait for a change.
+        """
         namespace, _, name = key.partition("/")
         job = await self._read(namespace, name)
         pods, _ = await self._kube.list(PODS, namespace, type=Pod)
@@ -188,6 +192,7 @@ class JobController:
                 await self._record_event(job, kind, reason, message)
 
     async def _release(self, pods: Sequence[Pod]) -> None:
+        """Remove the Job finalizer from pods, so that they can be deleted."""
         await self._write_all(self._release_one(pod) for pod in pods)
 
     async def _release_one(self, pod: Pod) -> None:

@@ -60,6 +60,21 @@ def main() -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.client_name and not options.client_ca_file:
+        parser.error("--client-name requires --client-ca-file")
+    for resource, quantity in options.capacity:
+        try:
+            parse_quantity(quantity)
+        except ValueError:
+            parser.error(f"argument --capacity: {resource}: {quantity!r} is not a quantity")
+        if resource == GPU:  # so that the number of devices is that of the Node
+            options.gpus = quantity
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m kubeai.local.kubelet", description="run pods as processes of this machine"
     )
@@ -113,17 +128,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         type=_pair,
         help="claim=directory: serves as the volume of a claim",
     )
-    options = parser.parse_args(arguments)
-    if options.client_name and not options.client_ca_file:
-        parser.error("--client-name requires --client-ca-file")
-    for resource, quantity in options.capacity:
-        try:
-            parse_quantity(quantity)
-        except ValueError:
-            parser.error(f"argument --capacity: {resource}: {quantity!r} is not a quantity")
-        if resource == GPU:  # so that the number of devices is that of the Node
-            options.gpus = quantity
-    return options
+    return parser
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -23,9 +23,9 @@ from kubeai.supervisor.peers.key_uses import KeyFeed
 TICK_S = 0.05
 LISTENERS_MAX = 64
 WRITE_TIMEOUT_S = 5.0
-# Prompts that are told: of each worker the newest in a tick, which is 1,280 a second and, at 10
-# blocks each, some 130 KB. A listener that is late or new gets the newest SENT_MAX. What is left
-# out costs worse picks until a replica sends such a prompt itself.
+# Prompts that a tick reports: the newest of each worker, at most 1,280 per second and, at 10 blocks
+# each, some 130 KB. A listener that is late or new gets the newest SENT_MAX. A prompt that is left
+# out costs worse picks until a replica sends a similar one itself.
 SENT_PER_TICK_MAX = 64
 SENT_MAX = 2048
 GONE_MAX_ENDPOINTS = 10_000  # removed endpoints kept, so that listeners can be sent GONE

@@ -21,7 +21,7 @@ from kubeai.supervisor.peers import wire
 
 UNUSED = (0, 0, 0)
 LEFT_S = 60.0  # how long a report counts after its replica has left
-GONE_MAX_KEYS = 10_000  # deleted keys that are kept, so that listeners can be told
+GONE_MAX_KEYS = 10_000  # deleted keys that are kept, so that listeners learn of them
 
 
 class KeyRows(Protocol):

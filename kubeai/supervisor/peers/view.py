@@ -28,7 +28,7 @@ class Peer(msgspec.Struct):
     endpoints: dict[str, int] = {}
     pending: dict[str, int] = {}
     queues: dict[str, wire.Head] = {}  # by model
-    tells: bool = False  # it tells which prompts it sends
+    reports_prompts: bool = False  # its frames list the prompts that it sends
 
     def silent_s(self, now_s: float) -> float:
         """Time since the last frame, or since the peer was discovered."""
@@ -89,8 +89,9 @@ class View:
 
     @property
     def silent(self) -> int:
-        """The number of peers that have reported endpoints but do not tell what they send."""
-        return sum(bool(peer.endpoints) and not peer.tells for peer in self.peers.values())
+        """The number of peers that have reported endpoints but not the prompts that they send."""
+        peers = self.peers.values()
+        return sum(bool(peer.endpoints) and not peer.reports_prompts for peer in peers)
 
     def routes(self, endpoint: str) -> bool:
         """Whether any peer may still send requests to the endpoint or has some there."""
@@ -143,7 +144,7 @@ class View:
             self._take_queue(peer, model, loads.queues.get(model))
         for endpoint, in_flight in endpoints.items():
             self._take_endpoint(peer, endpoint, in_flight, loads.pending.get(endpoint, 0))
-        peer.tells = loads.prompts is not None
+        peer.reports_prompts = loads.prompts is not None
         self._tell()
         if len(peer.models) + len(peer.endpoints) > NAMES_MAX:
             raise wire.BadFrame(f"more than {NAMES_MAX} names")

@@ -27,56 +27,57 @@ def test_a_minimal_model_has_the_defaults_in_the_reference():
     assert spec.autoscaling_disabled is False
 
 
+WHOLE = {
+    "metadata": {
+        "name": "m",
+        "namespace": "ns",
+        "uid": "u",
+        "resourceVersion": "7",
+        "generation": 2,
+        "creationTimestamp": "2026-01-02T03:04:05Z",
+        "deletionTimestamp": None,
+        "labels": {"a": "b"},
+        "annotations": {"c": "d"},
+        "finalizers": ["f"],
+        "ownerReferences": [
+            {"apiVersion": "v1", "kind": "K", "name": "o", "uid": "x", "controller": True}
+        ],
+    },
+    "spec": {
+        **MINIMAL["spec"],
+        "features": ["TextGeneration", "TextEmbedding", "Reranking", "SpeechToText"],
+        "adapters": [{"name": "a-1", "url": "hf://org/lora"}],
+        "resourceProfile": "cpu:1",
+        "cacheProfile": "efs",
+        "image": "i",
+        "args": ["--x"],
+        "env": {"K": "V"},
+        "envFrom": [{"prefix": "P_", "configMapRef": {"name": "c", "optional": True}}],
+        "replicas": 2,
+        "minReplicas": 1,
+        "maxReplicas": 3,
+        "autoscalingDisabled": True,
+        "targetRequests": 5,
+        "scaleDownDelaySeconds": 6,
+        "owner": "me",
+        "loadBalancing": {
+            "strategy": "PrefixHash",
+            "prefixHash": {"meanLoadFactor": 150, "replication": 8, "prefixCharLength": 9},
+        },
+        "files": [{"path": "/a", "content": "x"}],
+        "priorityClassName": "high",
+    },
+    "status": {
+        "replicas": {"all": 2, "ready": 1},
+        "cache": {"loaded": True},
+        "selector": "model=m",
+        "conditions": [{"type": "Ready", "status": "False", "reason": "R"}],
+    },
+}
+
+
 def test_every_field_is_read_from_its_camel_case_name():
-    model = decode_model(
-        {
-            "metadata": {
-                "name": "m",
-                "namespace": "ns",
-                "uid": "u",
-                "resourceVersion": "7",
-                "generation": 2,
-                "creationTimestamp": "2026-01-02T03:04:05Z",
-                "deletionTimestamp": None,
-                "labels": {"a": "b"},
-                "annotations": {"c": "d"},
-                "finalizers": ["f"],
-                "ownerReferences": [
-                    {"apiVersion": "v1", "kind": "K", "name": "o", "uid": "x", "controller": True}
-                ],
-            },
-            "spec": {
-                **MINIMAL["spec"],
-                "features": ["TextGeneration", "TextEmbedding", "Reranking", "SpeechToText"],
-                "adapters": [{"name": "a-1", "url": "hf://org/lora"}],
-                "resourceProfile": "cpu:1",
-                "cacheProfile": "efs",
-                "image": "i",
-                "args": ["--x"],
-                "env": {"K": "V"},
-                "envFrom": [{"prefix": "P_", "configMapRef": {"name": "c", "optional": True}}],
-                "replicas": 2,
-                "minReplicas": 1,
-                "maxReplicas": 3,
-                "autoscalingDisabled": True,
-                "targetRequests": 5,
-                "scaleDownDelaySeconds": 6,
-                "owner": "me",
-                "loadBalancing": {
-                    "strategy": "PrefixHash",
-                    "prefixHash": {"meanLoadFactor": 150, "replication": 8, "prefixCharLength": 9},
-                },
-                "files": [{"path": "/a", "content": "x"}],
-                "priorityClassName": "high",
-            },
-            "status": {
-                "replicas": {"all": 2, "ready": 1},
-                "cache": {"loaded": True},
-                "selector": "model=m",
-                "conditions": [{"type": "Ready", "status": "False", "reason": "R"}],
-            },
-        }
-    )
+    model = decode_model(WHOLE)
     meta, spec, status = model.metadata, model.spec, model.status
     assert meta.resource_version == "7"
     assert meta.creation_timestamp == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

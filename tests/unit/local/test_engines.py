@@ -18,7 +18,7 @@ NOTHING = "#!/bin/sh\nexit 1\n"
 def no_other_engines(monkeypatch):
     """KubeAI's own environment has none, and nothing is remembered from other tests."""
     monkeypatch.setattr(engines, "_module_paths", {})
-    monkeypatch.setattr(engines, "_questions", {})
+    monkeypatch.setattr(engines, "_queries", {})
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
 
 
@@ -109,7 +109,7 @@ async def test_a_python_on_path_is_asked_for_its_modules(tmp_path):
 async def test_a_real_python_says_which_modules_it_has(monkeypatch):
     path = engines._module_path
     assert await path(sys.executable, "vllm") is None
-    monkeypatch.setattr(engines, "_questions", {})  # as if that was a second ago
+    monkeypatch.setattr(engines, "_queries", {})  # as if that was a second ago
     monkeypatch.setitem(
         engines.PROGRAMS, "VLLM", engines.Program("", "", module="msgspec", package="msgspec")
     )
@@ -128,7 +128,7 @@ async def test_ollama_reports_its_version_with_and_without_a_server(tmp_path, ou
 
 
 async def test_a_program_that_hangs_is_listed_without_a_version(tmp_path, monkeypatch):
-    monkeypatch.setattr(engines, "ASK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(engines, "REPORT_TIMEOUT_S", 0.1)
     program(tmp_path / "ollama", "#!/bin/sh\nexec /bin/sleep 600\n")
     one = await listed("OLlama", path=str(tmp_path))
     assert (one.program, one.version) == (str(tmp_path / "ollama"), "")
@@ -203,7 +203,7 @@ async def test_another_program_of_that_name_is_not_taken_for_it(tmp_path, monkey
     assert one.program == ""
     assert "another program" in one.hint
     (packages / "faster_whisper_server" / "main.py").write_text("")
-    engines._questions.clear()
+    engines._queries.clear()
     assert (await listed("FasterWhisper", path=str(tmp_path / "bin"))).program
 
 

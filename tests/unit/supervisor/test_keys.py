@@ -11,7 +11,7 @@ from kubeai.api.config.system import parse_config
 from kubeai.errors import ConfigError
 from kubeai.routing.keys import KeyDelta, KeySnapshot
 from kubeai.routing.routes import Delta, Route, Snapshot
-from kubeai.supervisor import supervisor
+from kubeai.supervisor import memory, supervisor
 from kubeai.supervisor.checks import check_keys
 from kubeai.supervisor.listeners import is_loopback
 from kubeai.supervisor.supervisor import Supervisor
@@ -102,7 +102,7 @@ def test_without_the_setting_keys_are_neither_watched_nor_sent(make):
 
 
 def test_a_key_beyond_the_table_is_reported_and_the_others_stay(make, monkeypatch, capsys):
-    monkeypatch.setattr(supervisor, "KEY_ROWS", 1)
+    monkeypatch.setattr(memory, "KEY_ROWS", 1)
     one = make()
     one.synced = True
     one.operator.publish_key("a", key())

@@ -6,9 +6,9 @@ from prometheus_client import CollectorRegistry
 from kubeai.api.config.system import parse_config
 from kubeai.errors import ConfigError, KubeAIError
 from kubeai.routing.channel import Side, StreamReport, Streams
-from kubeai.supervisor.checks import check_settings, check_streams
+from kubeai.supervisor.checks import PROCESSES_MAX, check_settings, check_streams
 from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
-from kubeai.supervisor.supervisor import WORKERS_MAX, Supervisor
+from kubeai.supervisor.supervisor import Supervisor
 
 UP, DOWN = Side(True, 1), Side(False, 1, "connection refused")
 CONFIG = """
@@ -138,5 +138,5 @@ def test_more_streams_than_fit_into_the_messengers_settings_are_a_config_error()
 
 def test_the_messenger_counts_for_the_limit_on_workers():
     config = parse_config(CONFIG)
-    with pytest.raises(KubeAIError, match=f"between 1 and {WORKERS_MAX - 1}"):
-        Supervisor(None, config, namespace="n", identity="i", workers=WORKERS_MAX)
+    with pytest.raises(KubeAIError, match=f"between 1 and {PROCESSES_MAX - 1}"):
+        Supervisor(None, config, namespace="n", identity="i", workers=PROCESSES_MAX)

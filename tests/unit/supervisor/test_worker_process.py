@@ -8,14 +8,17 @@ import socket
 import msgspec
 import pytest
 
-from kubeai._load import LoadTable
-from kubeai._prefix import PrefixIndex
-from kubeai._queue_table import QueueTable
 from kubeai.api.config.system import GatewayConfig
 from kubeai.framing import frame
 from kubeai.routing.channel import SETTINGS_VARIABLE
 from kubeai.routing.usage import UsageReport, UsageRow
-from kubeai.supervisor.worker_process import CHANNEL_END_TIMEOUT_S, WorkerProcess
+from kubeai.supervisor.memory import Memory
+from kubeai.supervisor.worker_process import (
+    CHANNEL_END_TIMEOUT_S,
+    Program,
+    Reports,
+    WorkerProcess,
+)
 
 ROW = UsageRow("alice", "acme", "m", 1, 0, 10, 2, 5)
 
@@ -44,8 +47,7 @@ class Exits:
 
 @pytest.fixture
 def worker():
-    table, index = LoadTable.create(8, 1), PrefixIndex.create(8, 1024)
-    queues = QueueTable.create(8, 1)
+    memory = Memory.create(1, keys=False)
     received = []
 
     async def run(reports, heirs=None):
@@ -56,25 +58,17 @@ def worker():
         process = WorkerProcess(
             0,
             None,
-            table,
-            index,
-            queues,
-            GatewayConfig(),
-            journal_fd=-1,
-            key_table=None,
-            console_path="",
+            memory,
+            Program(GatewayConfig()),
+            Reports(ready=lambda: None, demand=lambda _: None, usage=received.append),
             snapshot=lambda: (),
-            on_ready=lambda: None,
-            on_demand=lambda _: None,
             spawn=spawn,
-            on_usage=received.append,
         )
         await process.run()
         return received
 
     yield run
-    table.close()
-    queues.close()
+    memory.close()
 
 
 async def test_the_last_reports_of_a_worker_are_read_after_its_exit(worker):

@@ -17,7 +17,11 @@ EXEC_DRAIN_MAX_BYTES = 1 << 20  # read after a command's end, if its children st
 
 
 class ExecResult(msgspec.Struct, frozen=True):
-    """The result of a command in the container; ``code`` is -1 if it could not be started."""
+    """The result of a command in the container.
+
+    ``code`` is -1 if it could not be started or its container has ended; ``output`` is then the
+    reason.
+    """
 
     code: int
     output: str

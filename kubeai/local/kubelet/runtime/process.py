@@ -90,7 +90,7 @@ class Process:
         self._next_exec = 0
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writer = writer
-        self._handover = handover
+        self._handover = handover  # passes the pipes of commands to the shim
         self._reading = asyncio.create_task(self._read(reader), name=f"shim {shim_pid}")
         self._kill_timer: asyncio.TimerHandle | None = None
 
@@ -194,6 +194,10 @@ class Process:
             self._writer.write(frame(marshal.dumps(message)))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
+        """Handle the shim's messages until it has exited; then set ``exited``.
+
+        A shim that was killed sends no "exited": its container's processes are killed here.
+        """
         end: Exit | None = None
         try:
             while True:
@@ -218,6 +222,7 @@ class Process:
         self.exited.set_result(end)
 
     def _handle(self, message: tuple[Any, ...]) -> Exit | None:
+        """Handle a message, which shim/main.py lists; an Exit if the main process has ended."""
         kind, *rest = message
         if kind == "started":
             self.pid, self.started_s = rest[0], time.time()
@@ -239,6 +244,7 @@ class Process:
 
 
 def _code(status: int) -> int:
+    """The exit code for a wait status, or -1 for -1: not started."""
     if status == -1:
         return -1
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)

@@ -52,6 +52,8 @@ class Containers(Protocol):
 
 
 class _Streams(NamedTuple):
+    """Whether the client requested each of the command's stdin, stdout and stderr."""
+
     input: bool
     output: bool
     error: bool
@@ -143,24 +145,28 @@ async def _converse(
 async def _send_output(
     socket: web.WebSocketResponse, command: Command, streams: _Streams
 ) -> Ending | None:
-    """Send output until the command has ended, and return how; None if the client disconnected."""
+    """Send output until the command has ended, and return how; None if the client disconnected.
 
-    async def send(stream: int, channel: int, wanted: bool) -> None:
+    A stream that the client did not request is read and dropped: a full pipe would block the
+    command.
+    """
+
+    async def send(stream: int, channel: int, is_requested: bool) -> None:
         while data := await command.read(stream):
-            if wanted:
+            if is_requested:
                 await socket.send_bytes(bytes([channel]) + data)
 
-    left = False
+    has_disconnected = False
     try:
         async with asyncio.TaskGroup() as both:
             both.create_task(send(command.stdout, STDOUT, streams.output))
             both.create_task(send(command.stderr, STDERR, streams.error))
     except* ConnectionError:
-        left = True
-    if left:
+        has_disconnected = True
+    if has_disconnected:
         return None
     end = await asyncio.shield(command.ended)
-    if end.code < 0:  # it could not be started
+    if end.code < 0:  # it could not be started, or its container has ended
         return Ending(None, 500, "InternalError", end.output)
     return Ending(end.code)
 

@@ -18,7 +18,7 @@ def tools(tmp_path, monkeypatch):
     """A private PATH, and a function that installs programs in it."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(engines, "_module_paths", {})
-    monkeypatch.setattr(engines, "_questions", {})
+    monkeypatch.setattr(engines, "_queries", {})
 
     def install(name, content="#!/bin/sh\n"):
         program = tmp_path / name
