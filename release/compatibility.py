@@ -95,7 +95,7 @@ SURFACE: dict[str, tuple[str, Callable[[str], set[str]]]] = {
     "key of the system config": ("docs/reference/configuration.md", settings),
     "metric": ("docs/reference/metrics.md", metrics),
     "option": ("docs/reference/command-line.md", options),
-    "route": ("docs/reference/http-api.md", routes),
+    "route": ("docs/reference/http-api/index.md", routes),
     "operation": ("docs/reference/openapi.json", operations),
 }
 

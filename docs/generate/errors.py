@@ -15,14 +15,14 @@ commands: none
 
 # Error codes
 The errors of the gateway itself. An engine's own errors are passed on unchanged. [HTTP
-API](http-api.md#errors) shows the formats: OpenAI's has `type` and `code`, Anthropic's only `type`, and
+API](http-api/errors.md) shows the formats: OpenAI's has `type` and `code`, Anthropic's only `type`, and
 Ollama's neither. The `message` always says what happened.
 
 *Retry* says whether the same request may succeed later. OpenAI's clients retry 408, 409, 429 and all 5xx by
 themselves, unless the response has `x-should-retry: false`. `Retry-After` is in seconds. On a 504 it is
 present once a start of the Model was measured.
 
-If the response has begun, the error is the [last event of the stream](http-api.md#cold-starts), with the
+If the response has begun, the error is the [last event of the stream](http-api/cold-starts.md), with the
 same `code`.
 
 """

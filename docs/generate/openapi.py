@@ -31,7 +31,7 @@ from the gateway's route table and the types in its code. If keys are required, 
 like every path but `/healthz` and `/readyz`.
 
 Bodies belong to the API that an operation follows. The document describes the members that KubeAI reads
-and leaves everything else open. [HTTP API](http-api.md) explains the behaviour behind it.
+and leaves everything else open. [HTTP API](http-api/index.md) explains the behaviour behind it.
 """
 
 

@@ -1,6 +1,7 @@
 """From KubeAI in Go to this one and back, on a real control plane, while clients send requests.
 
-docs/start/from-kubeai-in-go.md describes the steps, and has the counts that this test prints.
+docs/start/from-kubeai-in-go.md describes the steps, and docs/explain/move-from-kubeai-in-go.md has
+the counts that this test prints.
 """
 
 from __future__ import annotations
