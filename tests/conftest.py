@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import os
 import signal
+import sys
 
 import pytest
 import pytest_asyncio
@@ -11,6 +13,9 @@ from hypothesis import settings
 # A shell makes the programs that it starts in the background ignore SIGINT, which Python and every
 # program that a test starts would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The first python3 is this Python's own: a shim of pyenv starts a dozen shells before it.
+os.environ["PATH"] = f"{sys.base_prefix}/bin:{os.environ.get('PATH', os.defpath)}"
 
 # Machine load decides how long an example takes; benchmarks measure speed.
 settings.register_profile("untimed", deadline=None)
