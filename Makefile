@@ -142,10 +142,11 @@ real-engines: .venv/installed-clients  ## check real engines behind kubeai local
 asan: .venv/installed-test  ## run the compiled core's tests under AddressSanitizer
 	tests/asan.sh
 
-soak: .venv/installed-test  ## run long fuzz and hammer tests, and mixed load for SOAK_SECONDS (600)
+soak: .venv/installed-test .venv/installed-api  ## run long fuzz and hammer tests, and mixed load for SOAK_SECONDS (600)
 	EXAMPLES_FACTOR=20 $(BIN)/pytest tests/unit/openai tests/unit/routing tests/unit/test_ring.py \
 		tests/unit/test_load.py tests/unit/operator/test_plan.py --timeout 600
 	FUZZ_EXAMPLES=10000 $(BIN)/pytest tests/fuzz -m "not slow"
+	API_EXAMPLES=100 $(BIN)/pytest tests/fuzz -m slow
 	HAMMER_SEEDS=20 $(BIN)/pytest tests/hammer
 	CRASH_STEP=1 $(BIN)/pytest tests/contract/test_crash.py
 	OUTAGE_S=30 $(BIN)/pytest tests/contract/test_replicas.py
