@@ -69,7 +69,9 @@ class Operator:
         self._routes = RoutePublisher(self.store, config, publish)
         self.leader = Leadership(kube, namespace, identity, config.leader_election, self._turn)
         self._events = Events(kube, namespace)
-        self._keys = publish_key and Keys(publish_key, self._emit_about_key, self._begin)
+        self._keys: Keys | None = None
+        if publish_key is not None:
+            self._keys = Keys(publish_key, self._emit_about_key, self._begin)
         fenced = kube.fenced(self.leader.check)  # for all writes that are reserved to the leader
         self._sets = Sets(
             kube,
