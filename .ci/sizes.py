@@ -10,21 +10,15 @@ an entry may only become smaller, and goes once its function or file is within t
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from words import tracked
+
 FUNCTION_LINES_MAX = 60
 FILE_LINES_MAX = {".py": 499, ".pyx": 599, ".pxd": 599}
 LISTED = Path(__file__).with_name("sizes.txt")
-
-
-def tracked() -> list[Path]:
-    patterns = [f"*{suffix}" for suffix in FILE_LINES_MAX]
-    command = ["git", "ls-files", "-z", "--", *patterns]
-    listed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    return [path for name in listed.split("\0") if name and (path := Path(name)).exists()]
 
 
 def functions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, int]]:
@@ -77,7 +71,8 @@ def problems(found: dict[str, int], listed: dict[str, int]) -> list[str]:
 
 
 def main() -> int:
-    texts = problems(too_long(tracked()), allowed())
+    paths = [path for path in tracked() if path.suffix in FILE_LINES_MAX and path.exists()]
+    texts = problems(too_long(paths), allowed())
     print(*texts, sep="\n", end="\n" if texts else "")
     return min(len(texts), 1)
 

@@ -3,7 +3,8 @@
 import hashlib
 from typing import Any
 
-from kubeai._key_table import KeyTable
+from fakes.world import World
+from kubeai._key_table import KeyTable, Use
 from kubeai._keys import Key
 from kubeai.routing.keys import KeyRecord
 
@@ -47,6 +48,29 @@ def key_for(rows: Rows, name: str, **limits: Any) -> Key:
     row, generation = rows.add(name)
     digest = digest_of(f"sk-{name}")
     return Key(KeyRecord(name, digest, name, row=row, generation=generation, **limits))
+
+
+class KeyedWorld:
+    """A World whose requests belong to keys with limits, and the key table's other side."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.table = KeyTable.create(8, 1)
+        self.clock = self.table.clock = Clock()
+        self.rows = Rows(self.table)
+        world.context.limits = KeyTable.attach(self.table.fd, 0)
+        world.context.limits.clock = self.clock
+
+    def add(self, name: str, **limits: Any) -> None:
+        key = key_for(self.rows, name, **limits)
+        self.world.context.keys[key.digest] = key
+
+    def use(self, name: str) -> Use:
+        return self.table.use(self.rows.rows[name][0])
+
+    def close(self) -> None:
+        for table in (self.world.context.limits, self.table):
+            table.close()
 
 
 def bearer(name: str) -> str:

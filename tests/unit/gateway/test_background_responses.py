@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import uvloop
 from fakes.api_keys import REQUIRED
-from fakes.limited_keys import Clock, Rows, bearer, digest_of, key_for
+from fakes.limited_keys import KeyedWorld, bearer, digest_of, key_for
 from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, until
 from fakes.world import World
 
-from kubeai._key_table import KeyTable, Use
+from kubeai._key_table import Use
 from kubeai._keys import Key
 from kubeai._limits import live
 from kubeai.gateway import background_responses
@@ -69,30 +69,20 @@ class Storing:
         return only
 
 
-class Keyed:
+class Keyed(KeyedWorld):
     """A World with one key that has limits, and an engine that stores responses."""
 
     def __init__(self, world: World) -> None:
-        self.world = world
-        self.table = KeyTable.create(8, 1)
-        self.clock = self.table.clock = Clock()
-        self.rows = Rows(self.table)
-        world.context.limits = KeyTable.attach(self.table.fd, 0)
-        world.context.limits.clock = self.clock
+        super().__init__(world)
         self.engine = Storing()
 
     async def begin(self) -> None:
         self.world.route("m", {"a": await self.world.engine(self.engine)})
-        key = key_for(self.rows, "k", tokens_per_minute=100_000, in_flight_max=10)
-        self.world.context.keys[key.digest] = key
+        self.add("k", tokens_per_minute=100_000, in_flight_max=10)
 
     @property
     def key(self) -> Key:
         return self.world.context.keys[digest_of("sk-k")]
-
-    @property
-    def use(self) -> Use:
-        return self.table.use(self.rows.rows["k"][0])
 
     @property
     def following(self) -> int:
@@ -118,10 +108,6 @@ class Keyed:
         assert (row.key, row.tenant, row.model) == ("k", "k", "m")
         return row[3:]
 
-    def close(self) -> None:
-        for table in (self.world.context.limits, self.table):
-            table.close()
-
 
 @pytest.fixture
 async def keyed(start, monkeypatch):
@@ -132,19 +118,19 @@ async def keyed(start, monkeypatch):
     yield keyed
     await keyed.world.at_rest()
     await keyed.world.context.background_responses.close()
-    assert keyed.use.in_flight == 0
+    assert keyed.use("k").in_flight == 0
     assert live() == 0
     keyed.close()
 
 
 async def test_the_tokens_that_the_engine_reports_in_the_end_are_charged_and_counted(keyed):
     await keyed.start(max_output_tokens=5000)
-    assert keyed.use.in_flight == 1
-    assert keyed.use.tokens > 5000
+    assert keyed.use("k").in_flight == 1
+    assert keyed.use("k").tokens > 5000
     assert keyed.world.context.meter.take() == ()
     keyed.engine.end(status="completed", usage=usage(110, 4000, cached=64))
     assert await keyed.counted() == (1, 0, 110, 64, 4000)
-    assert keyed.use == Use(0, 1, 4110)
+    assert keyed.use("k") == Use(0, 1, 4110)
     assert keyed.key.mean_output_tokens == 4000
 
 
@@ -165,7 +151,7 @@ async def test_without_a_report_the_reserved_tokens_are_used_unless_the_engine_h
     keyed.engine.end(**end)
     requests, how_many, prompt, _, completion = await keyed.counted()
     assert (requests, how_many, completion) == (1, estimated, output)
-    assert keyed.use == Use(0, 1, prompt + output)
+    assert keyed.use("k") == Use(0, 1, prompt + output)
     assert keyed.key.mean_output_tokens == (0 if estimated else output)
 
 
@@ -176,7 +162,7 @@ async def test_a_response_that_is_lost_with_its_engine_is_charged_its_prompt(key
     monkeypatch.setattr(background_responses, "SILENT_MAX_S", 0.02)
     requests, estimated, prompt, _, completion = await keyed.counted()
     assert (requests, estimated, completion) == (1, 1, 0)
-    assert keyed.use == Use(0, 1, prompt)
+    assert keyed.use("k") == Use(0, 1, prompt)
 
 
 async def test_an_engine_that_misses_a_response_is_asked_again(keyed):
@@ -198,7 +184,7 @@ async def test_an_engine_that_does_not_say_in_time_costs_the_reserved_tokens(
     monkeypatch.setattr(background_responses, limit, 0.02)
     requests, estimated, prompt, _, completion = await keyed.counted()
     assert (requests, estimated, completion) == (1, 1, 300)
-    assert keyed.use == Use(0, 1, prompt + 300)
+    assert keyed.use("k") == Use(0, 1, prompt + 300)
 
 
 @pytest.mark.parametrize(
@@ -224,10 +210,10 @@ async def test_a_stream_that_goes_on_without_its_client_is_counted_when_it_is_do
     await wire.reader.readuntil(DELTA)
     wire.reset()
     await until(lambda: keyed.following, "the response is followed")
-    assert keyed.use.in_flight == 1
+    assert keyed.use("k").in_flight == 1
     keyed.engine.end(status="completed", usage=usage(110, 900))
     assert await keyed.counted() == (1, 0, 110, 0, 900)
-    assert keyed.use == Use(0, 1, 1010)
+    assert keyed.use("k") == Use(0, 1, 1010)
 
 
 async def test_a_cancelled_stream_costs_what_its_client_was_sent_if_that_is_more(keyed):
@@ -268,7 +254,7 @@ async def test_a_response_in_the_foreground_is_not_followed(keyed):
     await wire.reader.readuntil(DELTA)
     wire.reset()
     await keyed.world.at_rest()
-    assert (keyed.following, keyed.use.in_flight) == (0, 0)
+    assert (keyed.following, keyed.use("k").in_flight) == (0, 0)
     (row,) = keyed.world.context.meter.take()
     assert (row.requests, row.estimated_requests) == (1, 1)
     assert keyed.engine.asked == 0
@@ -283,7 +269,7 @@ async def test_a_response_that_the_engine_refuses_is_not_followed(keyed):
     assert (await wire.answer()).status == 400
     await keyed.world.at_rest()
     assert keyed.following == 0
-    assert keyed.use == Use(0, 1, 0)
+    assert keyed.use("k") == Use(0, 1, 0)
 
 
 async def test_responses_in_the_background_are_in_flight_for_the_limit(keyed):
@@ -296,7 +282,7 @@ async def test_responses_in_the_background_are_in_flight_for_the_limit(keyed):
     assert refused.status == 429
     assert "2 requests in flight" in json.loads(refused.body)["error"]["message"]
     keyed.engine.end(status="completed", usage=usage(110, 4))
-    await until(lambda: keyed.use.in_flight == 0)
+    await until(lambda: keyed.use("k").in_flight == 0)
     await keyed.start()
     keyed.engine.end(status="completed", usage=usage(110, 4))
     assert await keyed.counted() == (3, 0, 330, 0, 12)
@@ -315,7 +301,7 @@ async def test_a_client_that_asks_has_it_settled_at_once_and_is_not_charged_agai
         await wire.send(lines.encode())
         assert json.loads((await wire.answer()).body)["status"] == "completed"
     assert await keyed.counted() == (4, 0, 110, 0, 40)
-    assert keyed.use == Use(0, 4, 150)
+    assert keyed.use("k") == Use(0, 4, 150)
 
 
 @pytest.mark.parametrize("turns", [0, 20])
@@ -352,7 +338,7 @@ async def test_a_response_of_a_key_that_is_gone_is_counted_as_usage_but_for_no_o
     keyed.table.open_row(row)  # the next key's
     keyed.engine.end(status="completed", usage=usage(110, 40))
     assert await keyed.counted() == (1, 0, 110, 0, 40)
-    assert keyed.use == Use(0, 0, 0)
+    assert keyed.use("k") == Use(0, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ import pytest
 import uvloop
 from fakes.api_keys import REQUIRED, stored_id
 from fakes.chats import CHAT, ask, failing, hang, lose
-from fakes.limited_keys import Clock, Rows, bearer, digest_of, key_for
+from fakes.limited_keys import KeyedWorld, Rows, bearer, digest_of, key_for
 from fakes.wire import CHUNKED, Message, Wire, answer, chunk, post, says, until
-from fakes.world import World
 
 from kubeai._key_table import KeyTable, Use
 from kubeai._prompt import Prompt
@@ -26,32 +25,9 @@ FORM = (
 USAGE = b'{"choices":[{"text":"x"}],"usage":{"prompt_tokens":%d,"completion_tokens":%d}}'
 
 
-class Keyed:
-    """A World whose requests belong to keys with limits, and the key table's other side."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.table = KeyTable.create(8, 1)
-        self.clock = self.table.clock = Clock()
-        self.rows = Rows(self.table)
-        world.context.limits = KeyTable.attach(self.table.fd, 0)
-        world.context.limits.clock = self.clock
-
-    def add(self, name: str, **limits: Any) -> None:
-        key = key_for(self.rows, name, **limits)
-        self.world.context.keys[key.digest] = key
-
-    def use(self, name: str) -> Use:
-        return self.table.use(self.rows.rows[name][0])
-
-    def close(self) -> None:
-        for table in (self.world.context.limits, self.table):
-            table.close()
-
-
 @pytest.fixture
 async def keyed(start):
-    keyed = Keyed(await start(keys=REQUIRED, hold_timeout_s=0.2, eject_time_s=60.0))
+    keyed = KeyedWorld(await start(keys=REQUIRED, hold_timeout_s=0.2, eject_time_s=60.0))
     yield keyed
     await keyed.world.at_rest()
     for name in keyed.rows.rows:
@@ -353,7 +329,7 @@ async def test_a_held_request_is_in_flight_and_costs_no_tokens_if_it_is_never_se
 
 async def test_a_held_stream_tells_its_limits_when_it_begins(start):
     world = await start(keys=REQUIRED, hold_timeout_s=5.0, hold_comment_after_s=0.01)
-    keyed = Keyed(world)
+    keyed = KeyedWorld(world)
     world.route("m", {})
     keyed.add("k", requests_per_minute=5)
     wire = await world.client()
