@@ -5,8 +5,8 @@
 
 The cluster consists of etcd, kube-apiserver, controller-manager, scheduler and kwok
 (`tests/contract/servers.py`), all on this machine, without client-side rate limits for scheduler
-and controller-manager. `kubeai serve` runs in a separate process with one worker, which this file
-instruments with timers (``--serve``). The load generator and its watches run in this process.
+and controller-manager. `kubeai serve` runs in a separate process with one worker and with the
+timers of ``timed_serve.py``. The load generator and its watches run in this process.
 
 Parts:
 
@@ -33,21 +33,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import itertools
 import json
-import math
-import os
 import random
 import signal
-import ssl
 import statistics
 import sys
-import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextvars import ContextVar
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,54 +50,39 @@ import aiohttp
 import msgspec
 import uvloop
 import yaml
-from aiohttp import web
+from control_cluster import CONFIG, Cluster, Storm, running_cluster
+from control_observer import (
+    Engine,
+    Observer,
+    at_a_time,
+    chat,
+    first_publish,
+    manifest,
+    set_ready,
+    spread,
+)
+from timed_serve import Serve
 
 from kubeai.api.config.system import parse_config
 from kubeai.api.model import Model
 from kubeai.kube.client import Kube
 from kubeai.kube.resources import MODELS, PODS
 from kubeai.operator import events
-from kubeai.operator.controller import Controller
 from kubeai.operator.operator import POD_SELECTOR
 from kubeai.operator.pods import PodObject, observe
 from kubeai.podspec import build_pod
-from kubeai.supervisor.supervisor import Supervisor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "contract"))
-from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node
+from servers import CONTROL_PLANE, ApiServer, assets
 
 PARTS = ("wake", "burst", "leaving", "scale", "storm", "takeover")
-AT_A_TIME = 16  # API requests that the load generator keeps in flight
-CALLS_PER_S = 2_000
-NODES, PODS_A_NODE = 10, 1_100
 CHANGE_INTERVAL_S = 0.02
-DEADLINE_S = 300.0
-CONFIG: dict[str, Any] = {
-    "resourceProfiles": {"cpu": {"requests": {"cpu": "1m", "memory": "1Mi"}}},
-    "allowPodAddressOverride": True,
-    "metricsAddr": "127.0.0.1:0",
-    "healthAddress": "127.0.0.1:0",
-    "gateway": {"drainAccept": "0s"},
-}
 # Pods that no scheduler handles: the benchmark itself sets them ready.
 UNSCHEDULED = {
     "modelServerPods": {
         "jsonPatches": [{"op": "add", "path": "/spec/schedulerName", "value": "nobody"}]
     }
-}
-AUDIT = {
-    "apiVersion": "audit.k8s.io/v1",
-    "kind": "Policy",
-    "omitStages": ["RequestReceived"],
-    "rules": [
-        {
-            "level": "Metadata",
-            "verbs": ["create", "update", "patch", "delete", "deletecollection"],
-            "namespaces": ["scale"],
-        },
-        {"level": "None"},
-    ],
 }
 
 
@@ -128,316 +106,12 @@ QUICK = Effort(8, 1, 10, 20, 50, 4.0, 4.0, 3.0, 1)
 # -- kubeai serve, with timers ---------------------------------------------------------------------
 
 
-def serve_with_timers() -> None:
-    """Run `kubeai serve`; for each line on stdin, print the measurements since the previous one."""
-    reconciles: list[
-        tuple[float, float]
-    ] = []  # duration in total, and without API calls, in seconds
-    published: list[tuple[float, str, int]] = []  # CLOCK_MONOTONIC, model, endpoints
-    reconcile, publish, call = Controller.reconcile, Supervisor._publish, Kube._call
-    calls: ContextVar[list[tuple[float, float]]] = ContextVar("calls")  # of one reconcile
-
-    async def timed(controller: Controller, name: str) -> float | None:
-        began_s = time.monotonic()
-        calls.set([])
-        try:
-            return await reconcile(controller, name)
-        finally:
-            took_s = time.monotonic() - began_s
-            reconciles.append((took_s, took_s - covered(calls.get())))
-
-    async def called(kube: Kube, *arguments: Any, **options: Any) -> bytes:
-        began_s = time.monotonic()
-        try:
-            return await call(kube, *arguments, **options)
-        finally:
-            calls.get([]).append((began_s, time.monotonic()))
-
-    def timed_publish(supervisor: Supervisor, model: str, route: Any) -> None:
-        publish(supervisor, model, route)
-        count = 0 if route is None else len(route.endpoints)
-        published.append((time.monotonic(), model, count))
-
-    def answer() -> None:
-        nonlocal reconciles, published
-        for _ in sys.stdin:
-            taken = {"reconciles": reconciles, "published": published}
-            reconciles, published = [], []
-            print(json.dumps(taken), flush=True)
-
-    Controller.reconcile, Supervisor._publish, Kube._call = timed, timed_publish, called
-    threading.Thread(target=answer, daemon=True).start()
-    sys.argv = ["kubeai", "serve", "--host", "127.0.0.1", "--port", "0"]
-    from kubeai.cli import main as kubeai
-
-    kubeai()
-
-
-def covered(spans: list[tuple[float, float]]) -> float:
-    """The total time covered by the spans, which may overlap."""
-    total_s, until_s = 0.0, -math.inf
-    for began_s, ended_s in sorted(spans):
-        total_s += max(0.0, ended_s - max(began_s, until_s))
-        until_s = max(until_s, ended_s)
-    return total_s
-
-
-class Serve:
-    """A `kubeai serve` process and its log lines with their arrival times."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.pid = process.pid
-        self.log: list[tuple[float, dict[str, Any]]] = []
-        self._news = asyncio.Event()
-
-    async def read(self) -> None:
-        assert self.process.stderr is not None
-        async for line in self.process.stderr:
-            try:
-                self.log.append((time.monotonic(), json.loads(line)))
-            except ValueError:
-                print(line.decode(), end="", file=sys.stderr)
-            self._news.set()
-            self._news = asyncio.Event()
-
-    async def logged(self, event: str, after_s: float = 0.0) -> tuple[float, dict[str, Any]]:
-        """Wait for a log line; returns its arrival time (CLOCK_MONOTONIC) and its fields."""
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                for at_s, entry in self.log:
-                    if entry.get("event") == event and at_s >= after_s:
-                        return at_s, entry
-                if self.process.returncode is not None:
-                    raise SystemExit(f"kubeai serve ended: {self.log[-3:]}")
-                await self._news.wait()
-
-    async def endpoint(self) -> str:
-        return str((await self.logged("serving"))[1]["endpoint"])
-
-    async def measured(self) -> dict[str, Any]:
-        """The measurements since the previous call."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(b"\n")
-        return json.loads(await self.process.stdout.readline())
-
-    @property
-    def resident_mb(self) -> float:
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-    @property
-    def cpu_s(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-# -- load generator --------------------------------------------------------------------------------
-
-
-class Observer:
-    """The load generator's own watch of one namespace, with the time of each observation."""
-
-    def __init__(self, kube: Kube, labels: str = "") -> None:
-        self.pods: dict[str, float] = {}  # pod name → time first seen
-        self.model_of: dict[str, str] = {}
-        self.ready: dict[str, float] = {}  # pod name → ready since
-        self.leaving: set[str] = set()
-        self.fallen: dict[str, float] = {}  # pod name → unready or terminating since
-        self.models: dict[str, Model] = {}
-        self.as_wanted: set[str] = set()  # Models whose status reports all desired replicas ready
-        self._news = asyncio.Event()
-        follow = kube.follow
-        self._tasks = [
-            asyncio.create_task(coroutine)
-            for coroutine in (
-                follow(
-                    PODS,
-                    kube.namespace,
-                    labels=labels,
-                    type=PodObject,
-                    replaced=lambda pods: [self._pod("ADDED", pod) for pod in pods],
-                    changed=self._pod,
-                ),
-                follow(
-                    MODELS,
-                    kube.namespace,
-                    type=Model,
-                    replaced=lambda models: [self._model("ADDED", model) for model in models],
-                    changed=self._model,
-                ),
-            )
-        ]
-
-    def _pod(self, kind: str, obj: PodObject) -> None:
-        pod, now_s = observe(obj), time.monotonic()
-        self._news.set()
-        if pod.name in self.ready and (pod.terminating or not pod.ready):
-            self.fallen.setdefault(pod.name, now_s)
-        if kind == "DELETED":
-            for known in (self.pods, self.ready, self.model_of):
-                known.pop(pod.name, None)
-            self.leaving.discard(pod.name)
-            return
-        self.pods.setdefault(pod.name, now_s)
-        self.model_of[pod.name] = pod.model
-        if pod.ready:
-            self.ready.setdefault(pod.name, now_s)
-            if not pod.terminating:
-                self.fallen.pop(pod.name, None)
-        else:
-            self.ready.pop(pod.name, None)
-        if pod.terminating:
-            self.leaving.add(pod.name)
-
-    def _model(self, kind: str, model: Model) -> None:
-        name = model.metadata.name
-        self._news.set()
-        self.models[name] = model
-        self.as_wanted.discard(name)
-        if kind == "DELETED":
-            del self.models[name]
-            return
-        desired, reported = model.spec.replicas, model.status.replicas
-        if (
-            desired is not None
-            and reported is not None
-            and reported.all == reported.ready == desired
-        ):
-            self.as_wanted.add(name)
-
-    async def until(self, what: str, true: Callable[[], Any]) -> Any:
-        try:
-            async with asyncio.timeout(DEADLINE_S):
-                while not (found := true()):
-                    await self._news.wait()
-                    self._news.clear()
-                    for task in self._tasks:
-                        if task.done():
-                            task.result()
-                return found
-        except TimeoutError:
-            raise SystemExit(f"timed out after {DEADLINE_S:.0f} s: {what}") from None
-
-    async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-async def at_a_time(jobs: Iterable[Awaitable[Any]], count: int = AT_A_TIME) -> None:
-    """Run all jobs, ``count`` concurrently."""
-    left = iter(jobs)
-
-    async def some() -> None:
-        for job in left:
-            await job
-
-    await asyncio.gather(*(some() for _ in range(count)))
-
-
-def manifest(name: str, annotations: dict[str, str] | None = None, **spec: Any) -> dict[str, Any]:
-    return {
-        "metadata": {"name": name, "annotations": annotations or {}},
-        "spec": {
-            "url": "hf://org/name",
-            "engine": "VLLM",
-            "features": ["TextGeneration"],
-            "resourceProfile": "cpu:1",
-            "image": "registry.example/engine:1",
-            "minReplicas": 0,
-            **spec,
-        },
-    }
-
-
-def spread(times_s: list[float]) -> dict[str, float]:
-    """The p50, p99 and maximum of the times, in milliseconds."""
-    ordered = sorted(times_s)
-    return {
-        "n": len(ordered),
-        "p50_ms": statistics.median(ordered) * 1e3,
-        "p99_ms": ordered[math.ceil(len(ordered) * 0.99) - 1] * 1e3,
-        "worst_ms": ordered[-1] * 1e3,
-    }
-
-
-class Engine(asyncio.Protocol):
-    """A server with a constant response that records the arrival time of each request."""
-
-    came: asyncio.Queue[float]
-    HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    BODY = b'{"object": "chat.completion", "choices": []}'
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        if b"POST " in data:
-            self.came.put_nowait(time.monotonic())
-        if data.endswith(b"}"):
-            head = (
-                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-            )
-            self._transport.write(head % len(self.BODY) + self.BODY)
-
-
-# -- the parts -------------------------------------------------------------------------------------
-
-
-class Bench:
-    """The cluster that all parts use, with one namespace per part."""
+class Bench(Cluster):
+    """The parts, each in a namespace of its own."""
 
     def __init__(self, api: ApiServer, folder: Path, effort: Effort) -> None:
-        self.api = api
-        self.folder = folder
+        super().__init__(api, folder)
         self.effort = effort
-
-    @contextlib.asynccontextmanager
-    async def space(self, name: str) -> AsyncIterator[Kube]:
-        """Create a namespace; yields the load generator's connection to it."""
-        code, answer = self.api.request("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
-        assert code == 201, answer
-        kube = await Kube.connect(str(self.api.kubeconfig(self.folder / name, name)))
-        try:
-            yield kube
-        finally:
-            await kube.close()
-            self.api.request("DELETE", f"/api/v1/namespaces/{name}")
-
-    @contextlib.asynccontextmanager
-    async def serve(
-        self, kube: Kube, config: dict[str, Any], identity: str = "one", url: str = ""
-    ) -> AsyncIterator[Serve]:
-        """Start `kubeai serve`. ``url``: an API address to use instead of the cluster's."""
-        file = self.folder / f"{kube.namespace}-{identity}.yaml"
-        file.write_text(yaml.safe_dump(CONFIG | config))
-        api = self.api._replace(url=url) if url else self.api
-        kubeconfig = api.kubeconfig(self.folder / f"{kube.namespace}-{identity}", kube.namespace)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, __file__, "--serve"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=256 << 20,
-            env=os.environ
-            | {
-                "CONFIG_PATH": str(file),
-                "KUBECONFIG": str(kubeconfig),
-                "POD_NAME": identity,
-                "POD_NAMESPACE": kube.namespace,
-            },
-        )
-        serve = Serve(process)
-        reader = asyncio.create_task(serve.read())
-        try:
-            yield serve
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
-            await reader
 
     async def wake(self) -> dict[str, Any]:
         created, sent_on, seen, answered = [], [], [], []
@@ -718,126 +392,6 @@ class Bench:
                 return (await second.logged("leading"))[0] - began_s
 
 
-async def chat(session: aiohttp.ClientSession, url: str, model: str) -> None:
-    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
-    async with session.post(url, json=body) as answer:
-        assert answer.status == 200, await answer.text()
-        await answer.read()
-
-
-async def set_ready(kube: Kube, pod: str, ready: bool) -> None:
-    """Set the Ready condition, as a kubelet does, and keep the other conditions."""
-    condition = {"type": "Ready", "status": "True" if ready else "False"}
-    patch = {"status": {"conditions": [condition]}}
-    await kube.patch(PODS, pod, patch, subresource="status", kind="strategic")
-
-
-async def first_publish(serve: Serve, model: str, count: int) -> float:
-    """The time at which the route first had at most ``count`` endpoints."""
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            for at_s, name, endpoints in (await serve.measured())["published"]:
-                if name == model and endpoints <= count:
-                    return at_s
-            await asyncio.sleep(0.005)
-
-
-# -- failing API -----------------------------------------------------------------------------------
-
-
-class Storm:
-    """A proxy in front of the API that rejects all writes, except to leases, while ``rages``."""
-
-    KINDS = ((409, "Conflict"), (429, "TooManyRequests"), (500, "InternalError"))
-
-    def __init__(self, api: ApiServer) -> None:
-        self._api = api
-        self._writes: defaultdict[str, list[float]] = defaultdict(list)  # object → times
-        self._random = random.Random(1)
-        self.rages = False
-        self.answers: Counter[int] = Counter()
-        self.url = ""
-
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[Storm]:
-        app = web.Application(client_max_size=1 << 24)
-        app.router.add_route("*", "/{path:.*}", self._pass)
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        trust = ssl.create_default_context(cafile=self._api.ca_file)
-        connector = aiohttp.TCPConnector(ssl=trust, limit=0)
-        timeout = aiohttp.ClientTimeout(total=None)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as self._session:
-            try:
-                yield self
-            finally:
-                await runner.cleanup()
-
-    def most_a_second(self) -> tuple[int, str]:
-        """The most writes to one object in any second, and the object.
-
-        A status write counts for its Model, a create for the requested name.
-        """
-        return max(
-            (sum(at_s <= other < at_s + 1 for other in times[i:]), name)
-            for name, times in self._writes.items()
-            for i, at_s in enumerate(times)
-        )
-
-    async def _pass(self, request: web.Request) -> web.StreamResponse:
-        body = await request.read()
-        if request.method != "GET" and "/leases" not in request.path:
-            name = request.path
-            if request.method == "POST":
-                name += "/" + json.loads(body)["metadata"]["name"]
-            self._writes[name.removesuffix("/status")].append(time.monotonic())
-            if self.rages:
-                return self._refuse()
-        headers = {
-            key: value
-            for key, value in request.headers.items()
-            if key not in ("Host", "Content-Length")
-        }
-        async with self._session.request(
-            request.method, self._api.url + request.path_qs, data=body, headers=headers
-        ) as answer:
-            kept = {"Content-Type": answer.headers.get("Content-Type", "")}
-            response = web.StreamResponse(status=answer.status, headers=kept)
-            await response.prepare(request)
-            async for chunk in answer.content.iter_any():
-                await response.write(chunk)
-            return response
-
-    def _refuse(self) -> web.Response:
-        code, reason = self._random.choice(self.KINDS)
-        self.answers[code] += 1
-        status = {"kind": "Status", "code": code, "reason": reason, "message": "a storm"}
-        headers = {"Retry-After": "1"} if code == 429 else {}
-        return web.json_response(status, status=code, headers=headers)
-
-
-# -- command line ----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def running_cluster(folder: Path):
-    policy = folder / "audit.yaml"
-    policy.write_text(yaml.safe_dump(AUDIT))
-    options = (f"--audit-policy-file={policy}", f"--audit-log-path={folder / 'audit.log'}")
-    with cluster(folder / "servers", *options, calls_per_s=CALLS_PER_S) as api:
-        install_models(api)
-        for i in range(NODES):
-            name = f"node-{i}"
-            code, answer = api.request(
-                "POST", "/api/v1/nodes", node(name, {"pods": str(PODS_A_NODE)})
-            )
-            assert code == 201, answer
-        yield api
-
-
 def line(result: dict[str, Any], prefix: str = "") -> str:
     parts = []
     for key, value in result.items():
@@ -861,11 +415,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="run a one-minute sample of all parts")
     parser.add_argument("--only", action="append", choices=PARTS)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        serve_with_timers()
-        return 0
     if assets(*CONTROL_PLANE) is None:
         print("KUBEBUILDER_ASSETS has no control plane binaries: see tests/cluster/README.md")
         return 0

@@ -10,8 +10,8 @@ from bars import Bar, table_of
 HEADING = "## Control plane"
 COMMAND = "python bench/control_plane.py --only "
 INTRODUCTION = """`kubeai serve` with one worker on etcd, kube-apiserver, scheduler,
-controller-manager and kwok ([tests/cluster](../tests/cluster/README.md)), all of it and the load on
-the same {cores} cores, so times include the API's. "Observed" means observed by the load
+controller-manager and kwok ([tests/cluster](../../tests/cluster/README.md)), all of it and the load
+on the same {cores} cores, so times include the API's. "Observed" means observed by the load
 generator's own watch. Other work on these cores affects the worst values and the ratio: with
 several other programs running, the worst first request took 0.1 s, the p99 of a reconcile was
 0.13 s while that of the load generator's own API calls was 0.24 s, and the ratios of single pairs

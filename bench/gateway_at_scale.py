@@ -37,23 +37,9 @@ from subprocess import Popen
 from tempfile import TemporaryDirectory
 
 import uvloop
-from gateway_vs_nginx import (
-    ANSWERS,
-    ENGINES,
-    SCENARIOS,
-    STREAM_CHUNK,
-    STREAM_HEAD,
-    WHOLE,
-    Kubeai,
-    find_nginx,
-    free_port,
-    kubeai,
-    make_requests,
-    measure,
-    nginx,
-    process,
-    wait_until,
-)
+from closed_loop import ANSWERS, ENGINES, SCENARIOS, STREAM_CHUNK, STREAM_HEAD, WHOLE, make_requests
+from gateway_vs_nginx import measure
+from pinned_proxies import Kubeai, find_nginx, free_port, kubeai, nginx, process, wait_until
 
 CHAT = SCENARIOS[0]
 PARTS = ("connections", "latency", "streams", "workers")

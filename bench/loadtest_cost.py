@@ -31,7 +31,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import uvloop
-from gateway_vs_nginx import process
+from pinned_proxies import process
 
 BAR_US = 10.0
 ENGINES = 8

@@ -60,11 +60,11 @@ SAFETY = (
     ),
     (
         "client gone: its engine's connection closes ≤ 1 s",
-        "tests/unit/gateway/relay/test_body.py -k leaves",
+        "tests/unit/gateway/relay/test_bodies.py -k leaves",
     ),
     (
         "engine dies mid-stream: the answer never looks complete",
-        "tests/unit/gateway/relay/test_body.py -k broken; tests/fuzz/test_fuzz_answers.py",
+        "tests/unit/gateway/relay/test_bodies.py -k broken; tests/fuzz/test_fuzz_answers.py",
     ),
     (
         "head or body too slow, too big, too many: 408, 431, 413",

@@ -48,9 +48,6 @@ class Transport:
     def get_extra_info(self, name: str) -> tuple[str, int] | None:
         return ("10.0.0.1", 1) if name == "peername" else None
 
-    def get_write_buffer_size(self) -> int:
-        return 0
-
     def set_write_buffer_limits(self, high: int) -> None:
         pass
 
@@ -96,7 +93,7 @@ def ends(request):
     reservation.release()
     upstream = Upstream(pool)
     upstream.connection_made(Transport())
-    pool.give(upstream)
+    pool.keep(upstream)
     downstream = Downstream(server.relay)
     downstream.connection_made(Transport())
     yield downstream.data_received, upstream.data_received
