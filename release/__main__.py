@@ -36,6 +36,8 @@ def arguments(values: list[str] | None = None) -> argparse.Namespace:
         made.add_argument(
             "--architectures", default=",".join(wheels.ARCHITECTURES), help="default: %(default)s"
         )
+        if name == "build":
+            made.add_argument("--no-check", action="store_true", help="build only")
     made = command("publish", "Push the image and the charts to registries.")
     made.add_argument("--out", type=Path, help="default dist/VERSION")
     made.add_argument("--image", metavar="REPOSITORY", help="registry.example.com/kubeai")
@@ -73,6 +75,7 @@ def build(options: argparse.Namespace, repository: Path) -> None:
         split(options.architectures, wheels.ARCHITECTURES),
         os.environ.get("GPG_KEY") or None,
         lambda text: print(text, flush=True),
+        checked=not getattr(options, "no_check", False),
     )
     for path in pipeline.build(repository, plan):
         size = sum(each.stat().st_size for each in (path, *path.rglob("*")) if each.is_file())

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from release.errors import ReleaseError
 
+# Debian and Ubuntu have one pyconfig.h for each architecture, and one that includes them.
+INCLUDED = re.compile(r"#\s*include\s+<(x86_64-linux-gnu/python[\d.]+/pyconfig\.h)>")
 ASK = (
     "import sysconfig as s;"
     "print(s.get_python_version(), bool(s.get_config_var('Py_GIL_DISABLED')));"
@@ -54,10 +56,14 @@ def find(version: str) -> tuple[Path, Path]:
 def stage(version: str, target: Path) -> Path:
     """Copy a version's headers into `target`, and return the folder.
 
-    Debian's ``pyconfig.h`` in the folder only includes that of one architecture from elsewhere in
-    ``/usr/include``, which must not be on the path of a cross compiler.
+    Debian's ``pyconfig.h`` only includes that of one architecture from elsewhere in
+    ``/usr/include``, which must not be on the path of a cross compiler. That one is copied instead.
     """
     include, config = find(version)
+    if included := INCLUDED.search(config.read_text(encoding="utf-8")):
+        config = include.parent / included[1]
+        if not config.exists():
+            raise ReleaseError(f"no headers of Python {version}: {config} is missing")
     shutil.copytree(include, target)
     shutil.copyfile(config, target / "pyconfig.h")
     return target
