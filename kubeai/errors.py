@@ -14,6 +14,11 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= QUOTED_MAX_CHARS else text[:QUOTED_MAX_CHARS] + "…")
 
 
+def decode_problem(error: Exception) -> str:
+    """What a decoder says about a text. Its words for deep nesting depend on Python's version."""
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
 def install_hint(extra: str) -> str:
     """The command that installs an optional dependency, for use in an error message.
 

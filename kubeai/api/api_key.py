@@ -15,6 +15,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TypeVar
 
 import msgspec
@@ -44,6 +45,7 @@ KEY_MAX_BYTES = 512
 TENANT_MAX_CHARS = 128
 LIMIT_MAX = 1_000_000_000  # per minute, or in flight
 PRIORITY_MIN, PRIORITY_MAX = -1000, 1000
+PROBLEMS_MAX_COUNT = 10  # unknown annotations that are reported
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _DIGITS = re.compile(r"[0-9]{1,10}")
 _SIGNED = re.compile(r"-?[0-9]{1,4}")
@@ -90,7 +92,7 @@ def read_key(secret: KeySecret) -> ApiKey:
     the Secret.
     """
     name, annotations = secret.metadata.name, secret.metadata.annotations
-    problems = list(_unknown(annotations))
+    problems = list(islice(_unknown(annotations), PROBLEMS_MAX_COUNT))
 
     def read(annotation: str, parse: Callable[[str], T], absent: T) -> T:
         text = annotations.get(annotation)
@@ -246,6 +248,7 @@ def _time(text: str) -> float:
         if not _TIME.fullmatch(text):
             raise ValueError
         time_s = datetime.fromisoformat(text).timestamp()
+        time_text(time_s)  # in UTC, it may be in the year 10000
     except (ValueError, OverflowError):
         time_s = 0.0
     if time_s <= 0:

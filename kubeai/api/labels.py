@@ -6,11 +6,14 @@ Used by the gateway for X-Label-Selector headers and by the embedded API for ``?
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 
 from kubeai.errors import quoted
 
 SELECTOR_MAX_CHARS = 4096
+REQUIREMENTS_MAX_COUNT = 64  # of a selector, which may be evaluated for every Model
 
 Labels = Mapping[str, str]
 Selector = Callable[[Labels], bool]
@@ -19,7 +22,7 @@ _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _DOMAIN = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
 _KEY = re.compile(rf"(?:(?=.{{1,253}}/){_DOMAIN}/)?{_NAME}")
 _VALUE = re.compile(rf"(?:{_NAME})?")
-_TOKEN = re.compile(r"\s*(==|!=|[=!<>(),]|[^\s=!<>(),]+)")
+_TOKEN = re.compile(r"==|!=|[=!<>(),]|[^\s=!<>(),]+")  # white space matches nothing
 
 
 def label_selector(text: str) -> Selector:
@@ -31,30 +34,32 @@ def label_selector(text: str) -> Selector:
     """
     if len(text) > SELECTOR_MAX_CHARS:
         raise ValueError(f"it is longer than {SELECTOR_MAX_CHARS} characters")
-    requirements = tuple(_requirements(text))
+    requirements = tuple(islice(_requirements(text), REQUIREMENTS_MAX_COUNT + 1))
+    if len(requirements) > REQUIREMENTS_MAX_COUNT:
+        raise ValueError(f"it has more than {REQUIREMENTS_MAX_COUNT} requirements")
     return lambda labels: all(requirement(labels) for requirement in requirements)
 
 
 def _requirements(text: str) -> Iterator[Selector]:
-    tokens = _TOKEN.findall(text)
+    tokens = deque(_TOKEN.findall(text))
     if not tokens:
         return
     while True:
         yield _requirement(tokens)
         if not tokens:
             return
-        if (token := tokens.pop(0)) != ",":
+        if (token := tokens.popleft()) != ",":
             raise ValueError(f"expected a comma, found {quoted(token)}")
 
 
-def _requirement(tokens: list[str]) -> Selector:
+def _requirement(tokens: deque[str]) -> Selector:
     """Consume one requirement from the start of ``tokens``."""
-    if tokens[:1] == ["!"]:
-        del tokens[0]
+    if tokens and tokens[0] == "!":
+        tokens.popleft()
         absent = _checked(_KEY, "key", tokens)
         return lambda labels: absent not in labels
     key = _checked(_KEY, "key", tokens)
-    operator = tokens.pop(0) if tokens and tokens[0] != "," else ""
+    operator = tokens.popleft() if tokens and tokens[0] != "," else ""
     if operator == "":
         return lambda labels: key in labels
     if operator in ("in", "notin"):
@@ -73,24 +78,24 @@ def _requirement(tokens: list[str]) -> Selector:
     raise ValueError(f"{quoted(operator)} is not an operator")
 
 
-def _value_set(tokens: list[str]) -> frozenset[str]:
-    if tokens[:1] != ["("]:
+def _value_set(tokens: deque[str]) -> frozenset[str]:
+    if not tokens or tokens.popleft() != "(":
         raise ValueError("expected a list in parentheses after in or notin")
-    del tokens[0]
     values = set()
     while True:
-        values.add("" if tokens[:1] in ([","], [")"]) else _checked(_VALUE, "value", tokens))
-        token = tokens.pop(0) if tokens else "the end"
+        is_empty = bool(tokens) and tokens[0] in (",", ")")
+        values.add("" if is_empty else _checked(_VALUE, "value", tokens))
+        token = tokens.popleft() if tokens else "the end"
         if token == ")":
             return frozenset(values)
         if token != ",":
             raise ValueError(f"expected a comma or ), found {quoted(token)}")
 
 
-def _checked(pattern: re.Pattern[str], what: str, tokens: list[str]) -> str:
+def _checked(pattern: re.Pattern[str], what: str, tokens: deque[str]) -> str:
     if not tokens:
         raise ValueError(f"expected a {what} at the end")
-    token = tokens.pop(0)
+    token = tokens.popleft()
     if not pattern.fullmatch(token):
         raise ValueError(f"{quoted(token)} is not a valid label {what}")
     return token

@@ -43,7 +43,7 @@ from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
 
 log = get_logger(__name__)
 CREATES_AT_FIRST_MAX = 8
-STATUS_SETTLE_S = 0.1  # changes come in bursts: batch them into one status write
+STATUS_SETTLE_S = 0.05  # changes come in bursts: batch them into one status write
 # The same where some replicas are ready and others start: they often follow within half a second.
 STATUS_GROWING_SETTLE_S = 0.5
 # Between a write to a Model or its status and the second write after it: two writes per interval.

@@ -12,6 +12,9 @@ from enum import Enum
 from fractions import Fraction
 from typing import NamedTuple
 
+from kubeai.errors import quoted
+
+_NUMBER_MAX_CHARS = 200
 _NANO = 10**9
 _MAX_NANOS = (2**63 - 1) * _NANO
 _BINARY = {"Ki": 1, "Mi": 2, "Gi": 3, "Ti": 4, "Pi": 5, "Ei": 6}  # powers of 1024
@@ -19,7 +22,7 @@ _DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "
 _BINARY_SUFFIX = {power: suffix for suffix, power in _BINARY.items()} | {0: ""}
 _DECIMAL_SUFFIX = {exponent: suffix for suffix, exponent in _DECIMAL.items()}
 _QUANTITY = re.compile(
-    r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))(?:[eE](?P<exponent>[+-]?\d{1,3})|(?P<suffix>[a-zA-Z]*))",
+    r"(?P<number>[+-]?(?:\d+(?:\.\d*)?|\.\d+))(?:[eE](?P<exponent>[+-]?\d{1,3})|(?P<suffix>[a-zA-Z]*))",
     re.ASCII,
 )
 
@@ -63,7 +66,11 @@ def parse_quantity(text: str | int | float) -> Quantity:
     """Parse a quantity, rounding up to a billionth. ValueError if it is invalid."""
     match = _QUANTITY.fullmatch(str(text))
     if match is None:
-        raise ValueError(f"{text!r} is not a quantity such as 500m, 2 or 1.5Gi")
+        raise ValueError(f"{quoted(str(text))} is not a quantity such as 500m, 2 or 1.5Gi")
+    if len(match["number"]) > _NUMBER_MAX_CHARS:
+        raise ValueError(
+            f"{quoted(str(text))} has a number of more than {_NUMBER_MAX_CHARS} characters"
+        )
     suffix = match["suffix"] or ""
     if match["exponent"] is not None:
         scale, form = Fraction(10) ** int(match["exponent"]), Format.EXPONENT
@@ -73,11 +80,13 @@ def parse_quantity(text: str | int | float) -> Quantity:
         scale, form = Fraction(10) ** _DECIMAL[suffix], Format.DECIMAL
     else:
         known = ", ".join([*(s for s in _DECIMAL if s), *_BINARY])
-        raise ValueError(f"{text!r} has the unknown suffix {suffix!r}; known: {known}")
+        raise ValueError(
+            f"{quoted(str(text))} has the unknown suffix {quoted(suffix)}; known: {known}"
+        )
     exact = Fraction(match["number"]) * scale * _NANO
     nanos = -(-abs(exact.numerator) // exact.denominator)  # away from zero, like Kubernetes
     if nanos > _MAX_NANOS:
-        raise ValueError(f"{text!r} is more than Kubernetes can hold (2^63 - 1)")
+        raise ValueError(f"{quoted(str(text))} is more than Kubernetes can hold (2^63 - 1)")
     return Quantity(-nanos if exact < 0 else nanos, form)
 
 

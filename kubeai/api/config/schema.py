@@ -15,7 +15,7 @@ from msgspec import inspect
 from kubeai.api.config.strict import NANOSECONDS_MIN
 
 Schema = dict[str, Any]
-_DURATION = r"^(|0|((\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h))+)$"
+_DURATION = r"^(|0|((\d+(\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h))+)$"
 _QUANTITY = r"^[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+|[numkMGTPE]|[KMGTPE]i)?$"
 _UNITS: dict[str, Schema] = {
     "duration": {

@@ -157,7 +157,7 @@ def test_a_secret_without_a_valid_entry_has_no_key(data, words):
             ("expires", value)
             for value in ("", "never", "2027-01-31", "2027-01-31T00:00:00", "1801353600",
                           "2027-13-01T00:00:00Z", "2027-01-31 00:00:00Z", "1969-12-31T23:59:59Z",
-                          "20270131T000000Z")
+                          "20270131T000000Z", "9999-12-31T23:59:59-05:00")
         ),
         *(("admin", value) for value in ("True", "yes", "1", "")),
         *(("tenant", value) for value in ("", " a", "a ", "a\nb", "a\x00", "a\u202eb",
@@ -202,6 +202,12 @@ def test_no_error_contains_the_key(raw):
         shown = str(error)
     if len(raw) > 6:  # shorter ones may occur by chance
         assert repr(raw)[2:-1] not in shown
+
+
+def test_only_the_first_unknown_annotations_are_reported():
+    with pytest.raises(ApiKeyError) as caught:
+        read_key(secret(**{f"none{number}": "" for number in range(1000)}))
+    assert str(caught.value).count("is unknown") == 10
 
 
 @given(st.dictionaries(st.sampled_from(ANNOTATIONS), st.text(max_size=40)))

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubeai.api.labels import label_selector
+from kubeai.api.labels import _TOKEN, REQUIREMENTS_MAX_COUNT, label_selector
 from kubeai.openai.errors import BadRequest
-from kubeai.openai.request import parse_selector
+from kubeai.openai.request import SELECTORS_MAX_COUNT, parse_selectors
 
 LABELS = {"env": "prod", "team/x.y": "a", "empty": "", "n": "5"}
 
@@ -55,13 +55,31 @@ def test_selectors_match_as_in_kubernetes(selector, expected):
 )  # fmt: skip
 def test_a_bad_selector_is_a_bad_request(selector):
     with pytest.raises(BadRequest) as caught:
-        parse_selector(selector)
+        parse_selectors([selector])
     assert (caught.value.status, caught.value.param) == (400, "X-Label-Selector")
+
+
+def test_a_selector_has_a_limited_number_of_requirements():
+    requirements = ["a"] * REQUIREMENTS_MAX_COUNT
+    assert label_selector(",".join(requirements))({"a": ""})
+    with pytest.raises(ValueError, match="more than 64 requirements"):
+        label_selector(",".join([*requirements, "a"]))
+
+
+def test_a_request_has_a_limited_number_of_selectors():
+    assert len(parse_selectors(["a"] * SELECTORS_MAX_COUNT)) == SELECTORS_MAX_COUNT
+    with pytest.raises(BadRequest, match="more than 8 times"):
+        parse_selectors(["a"] * (SELECTORS_MAX_COUNT + 1))
+
+
+def test_white_space_is_skipped_in_linear_time():
+    """In quadratic time, it takes minutes."""
+    assert _TOKEN.findall("a" + "\xa0 " * 200_000 + "=") == ["a", "="]
 
 
 @given(st.text(alphabet="ab=!,() innot><-/.é\0", max_size=20))
 def test_any_selector_is_evaluated_or_rejected(selector):
     try:
-        assert parse_selector(selector)({"a": "b"}) in (True, False)
+        assert parse_selectors([selector])[0]({"a": "b"}) in (True, False)
     except BadRequest as error:
         assert error.status == 400  # noqa: PT017

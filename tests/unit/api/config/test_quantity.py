@@ -1,5 +1,6 @@
 """Quantities and durations: exact, and formatted as Kubernetes and Go do."""
 
+import re
 from fractions import Fraction
 
 import pytest
@@ -8,6 +9,10 @@ from hypothesis import strategies as st
 
 from kubeai.api.config.duration import format_duration, parse_duration
 from kubeai.api.config.quantity import parse_quantity
+from kubeai.api.config.schema import _UNITS
+from kubeai.gateway.openapi.headers import MAX_WAIT, PARAMETERS
+
+MAX_WAIT_SCHEMA = PARAMETERS[MAX_WAIT]["schema"]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +130,26 @@ def test_a_duration_is_parsed_as_in_go(text, seconds):
 def test_an_invalid_duration_is_rejected_with_a_reason(text, wrong):
     with pytest.raises(ValueError, match=wrong):
         parse_duration(text)
+
+
+@pytest.mark.parametrize("parse", [parse_duration, parse_quantity])
+@pytest.mark.parametrize("end", ["", "!", ".", ".1!", "s", "x", "1m!"])
+def test_a_text_as_long_as_a_file_is_rejected_in_linear_time(parse, end):
+    """In quadratic time, each of these takes hours."""
+    with pytest.raises(ValueError, match="111"):
+        parse("1" * 1_000_000 + end)
+
+
+@pytest.mark.parametrize("schema", [MAX_WAIT_SCHEMA, _UNITS["duration"], _UNITS["quantity"]])
+def test_patterns_of_schemas_reject_a_long_text_in_linear_time(schema):
+    pattern = re.compile(schema["pattern"])
+    assert pattern.search("1" * 100_000 + "!") is None
+    assert pattern.search("123456789ms.5s" * 10_000 + "!") is None
+
+
+@pytest.mark.parametrize("zeros", ["0" * 5000, ""])
+def test_digits_beyond_a_nanosecond_are_ignored(zeros):
+    assert parse_duration(f"{zeros}1.5{zeros}1s") == pytest.approx(1.5, abs=0.02)
 
 
 @pytest.mark.parametrize(
