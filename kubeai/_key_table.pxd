@@ -83,6 +83,7 @@ cdef class KeyTable(SharedTable):
     cdef void _lay_out(self) noexcept
     cdef double now_s(self) except? -1
     cdef bint lives(self, int row, uint32_t generation) noexcept
+    cdef void prefetch(self, int row) noexcept
     cdef int counted_columns(self) noexcept
     cdef int64_t _in_flight(self, size_t row, int columns) noexcept
     cdef void _read(self, const uint64_t *slots, const Moment *moment, Window *window) noexcept

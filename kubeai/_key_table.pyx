@@ -27,13 +27,15 @@ from libc.string cimport memset
 from collections import namedtuple
 from math import ceil
 
-from kubeai._clock cimport now
+from kubeai._cache_line cimport prefetch
+from kubeai._clock cimport coarse_now
 from kubeai._load cimport get_i64, get_u32, get_u64, put_i64, put_u32, put_u64
 from kubeai._shared_memory cimport SharedMemory, lines
 from kubeai._shared_table cimport SharedTable, TableHeader, check_shape, read_table_header
 
 cdef enum:
     LAYOUT_VERSION = 2
+    PREFETCHED_MAX_COLUMNS = 4  # a core has about a dozen loads under way
     HAS_PEERS = 0  # in the header's spare words: another replica has counted something
 
 cdef uint64_t MAGIC = 0x6B75626561694B54  # "kubeaiKT"
@@ -116,7 +118,7 @@ cdef class KeyTable(SharedTable):
         SharedMemory.close(self)
 
     cdef double now_s(self) except? -1:
-        return now() if self.clock is None else self.clock()
+        return coarse_now() if self.clock is None else self.clock()
 
     cdef bint lives(self, int row, uint32_t generation) noexcept:
         """Whether this is the row's current generation; 0 (never opened) is never current."""
@@ -126,6 +128,16 @@ cdef class KeyTable(SharedTable):
             and generation != 0
             and get_u32(&self.generations[row]) == generation
         )
+
+    cdef void prefetch(self, int row) noexcept:
+        """Load what a request reads and writes of its key; it is needed once the body is read."""
+        cdef const Cell *cells = &self.cells[<size_t> row * self.columns]
+        cdef int column
+        prefetch(&self.generations[row])
+        prefetch(&self.stamps[<size_t> self._column * self.rows + row])
+        for column in range(min(self.columns - 1, PREFETCHED_MAX_COLUMNS)):
+            prefetch(&cells[column].in_flight)
+            prefetch(&cells[column].refused)
 
     # -- rows: supervisor only ---------------------------------------------------------------
 

@@ -15,12 +15,14 @@ cdef class Selection:
 
 cdef class Key:
     # What every request reads comes first, in two cache lines: with thousands of keys, each request
-    # finds its key in the main memory.
+    # finds its key in the main memory. The first line is what decides whether a key is accepted.
     cdef Fingerprint fingerprint  # of the key, once a request has had it; see _credentials.pyx
     cdef dict seen_in  # the dictionary that it was found in then
     cdef readonly double expires_s  # Unix time; 0: never
+    cdef public bint is_revoked  # its Secret is gone, or has another key
     cdef readonly int row  # in the key table
     cdef readonly uint32_t generation
+    cdef readonly bint is_admin
     cdef readonly Selection selection  # of the Models that it may use; None: all
     cdef readonly str share  # whose share of a queue its requests take: the tenant's, or its own
     cdef readonly int64_t requests_per_minute  # 0: no limit, as below
@@ -28,8 +30,6 @@ cdef class Key:
     cdef readonly int64_t in_flight_max
     cdef object counts  # of the Model that it has used; see gateway/_metering.pyx
     cdef public double mean_output_tokens  # of responses to this worker's requests; 0: none yet
-    cdef public bint is_revoked  # its Secret is gone, or has another key
-    cdef readonly bint is_admin
     cdef readonly int priority
     cdef readonly str name  # of the Secret
     cdef readonly bytes digest

@@ -56,8 +56,13 @@ cdef class Picker:
     ) noexcept
     cdef void _count(self, Prompt prompt, Reservation reservation, int known_n) noexcept
     cdef bint _exceeds(self, const Survey *survey, int32_t row, int64_t own) noexcept
-    cdef double _cost(self, int32_t row, uint32_t new_tokens) noexcept
-    cdef double _slowness(self, int32_t row) noexcept
+    cdef double _learned(self, int32_t row) noexcept
     cdef void learn_tokens(self, Prompt prompt, uint32_t reported) noexcept
     cdef int _expect(self, Reservation reservation, int64_t ahead, bint streams) except -1
     cpdef int expire(self) except -1
+
+
+cdef class RoutedFields:
+    cdef public str model
+    cdef public object route  # Route
+    cdef public Picker picker

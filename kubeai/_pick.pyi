@@ -8,6 +8,7 @@ from kubeai._prefix import PrefixIndex
 from kubeai._prompt import Prompt
 from kubeai._queue_table import QueueTable
 from kubeai._ring import Ring
+from kubeai.routing.routes import Route
 
 Strategy = Literal["LeastLoad", "PrefixHash", "PrefixCache"]
 STRATEGIES: tuple[Strategy, ...]
@@ -76,3 +77,10 @@ class Picker:
         """
     def expire(self) -> int:
         """Stop counting the prompts that are believed to be computed by now as pending."""
+
+class RoutedFields:
+    """The fields of RoutedModel (routing/table.py) that the fast path reads for each request."""
+
+    model: str
+    route: Route
+    picker: Picker

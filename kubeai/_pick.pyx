@@ -83,6 +83,19 @@ cdef inline int64_t per_request(int64_t new_tokens) noexcept:
     return 1 + ((min(new_tokens, DELAY_TOKENS) + STEP_TOKENS) >> 3)
 
 
+cdef inline double slowness_of(Picker picker, int32_t row) noexcept:
+    """An endpoint's time per token, relative to that of the model's endpoints together."""
+    return 1.0 if get_u64(&picker.ring.table.speeds[row].samples) == 0 else picker._learned(row)
+
+
+cdef inline double cost_of(Picker picker, int32_t row, uint32_t new_tokens) noexcept:
+    """The cost of a request with new tokens at an endpoint. Inlined: called for each endpoint."""
+    cdef uint64_t load = picker.ring.table._load(row)
+    return slowness_of(picker, row) * <double> (
+        new_tokens + work_of(load, per_request(new_tokens))
+    )
+
+
 @cython.final
 cdef class Picker:
     """See the stub."""
@@ -211,7 +224,7 @@ cdef class Picker:
         row = members.rows[choice.at]
         # What is only believed does not count as cached: it would hide work from the next picks.
         new_tokens = prompt.tokens - known_tokens(&known, row)
-        choice.cost = self._cost(row, new_tokens)
+        choice.cost = cost_of(self, row, new_tokens)
         members.cursor = choice.at + 1 if choice.at + 1 < members.n else 0
         ahead = new_tokens + ring._work(row, 0)
         first = self._most_cached(members, &survey, &known, choice.at)
@@ -222,8 +235,8 @@ cdef class Picker:
         reservation.cost = choice.cost
         if first != choice.at:
             reservation.first_cached = known_tokens(&known, members.rows[first])
-            reservation.first_cost = self._cost(
-                members.rows[first], prompt.tokens - reservation.first_cached
+            reservation.first_cost = cost_of(
+                self, members.rows[first], prompt.tokens - reservation.first_cached
             )
         self._count(prompt, reservation, known.n)
         if self.index is not None:
@@ -281,7 +294,7 @@ cdef class Picker:
             new_tokens = prompt.tokens - known_tokens(known, row)
             if self.load_factor and self._exceeds(survey, row, REQUEST_TOKENS + new_tokens):
                 continue
-            cost = self._cost(row, new_tokens)
+            cost = cost_of(self, row, new_tokens)
             if choice.at < 0 or cost < choice.cost:
                 choice.at = at
                 choice.cost = cost
@@ -345,8 +358,8 @@ cdef class Picker:
                     "cached": cached,
                     "pending": ring._work(row, 0),
                     "in_flight": ring._work(row, 1) - ring._work(row, 0),
-                    "slowness": self._slowness(row),
-                    "cost": self._cost(row, prompt.tokens - cached),
+                    "slowness": slowness_of(self, row),
+                    "cost": cost_of(self, row, prompt.tokens - cached),
                 }
             )
         return candidates
@@ -356,21 +369,13 @@ cdef class Picker:
         cdef int64_t bound = self.ring._bound(survey, self.load_factor, own)
         return self.ring._work(row, REQUEST_TOKENS) + own > bound
 
-    cdef double _cost(self, int32_t row, uint32_t new_tokens) noexcept:
-        # Not ``ring._work``: a call for each of 1,000 endpoints.
-        cdef uint64_t load = self.ring.table._load(row)
-        return self._slowness(row) * <double> (new_tokens + work_of(load, per_request(new_tokens)))
-
     # -- learned times ---------------------------------------------------------------------------
 
-    cdef double _slowness(self, int32_t row) noexcept:
-        """An endpoint's time per token, relative to that of the model's endpoints together."""
+    cdef double _learned(self, int32_t row) noexcept:
+        """What ``slowness_of`` returns for an endpoint with samples."""
         cdef Speed *own = &self.ring.table.speeds[row]
-        cdef uint64_t learned_at = get_u64(&own.samples)
-        if learned_at == 0:
-            return 1.0
         cdef uint64_t samples = get_u64(&self.ring.table.speeds[self.ring.row].samples)
-        cdef double age = <double> (samples - learned_at)
+        cdef double age = <double> (samples - get_u64(&own.samples))
         cdef double slowness = get_time(&own.slowness)
         slowness = min(max(slowness, 1 / SLOWNESS_MAX), SLOWNESS_MAX)
         age /= FADE_SAMPLES * self.ring.everyone.n
@@ -413,3 +418,7 @@ cdef class Picker:
             if not reservation._released:
                 reservation._computed()
         return 0
+
+
+cdef class RoutedFields:
+    """See the stub."""

@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
+from kubeai._cache_line cimport prefetch
 from kubeai._shared_memory cimport SharedMemory
 
 
@@ -70,3 +71,8 @@ cdef class PrefixIndex(SharedMemory):
     cdef void record(self, int32_t row, const uint64_t *blocks, int n, uint32_t new_tokens) noexcept
     cdef void send(self, int32_t row, const uint64_t *blocks, int n, uint32_t new_tokens) noexcept
     cdef int lookup(self, const uint64_t *blocks, int n, Found *found) noexcept
+
+
+cdef inline void prefetch_bucket(PrefixIndex index, uint64_t block) noexcept:
+    """Load a block's bucket, which a lookup will read."""
+    prefetch(&index.cells[(block & index._mask) * BUCKET_ENTRIES])

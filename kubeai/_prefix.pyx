@@ -32,6 +32,7 @@ from libc.string cimport memcpy
 
 import os
 
+from kubeai._cache_line cimport prefetch
 from kubeai._shared_memory cimport (
     SharedMemory,
     acquire,
@@ -45,11 +46,9 @@ from kubeai._load cimport get_u32, get_u64, put_u32, put_u64
 
 cdef extern from *:
     """
-    #define kb_prefetch(address) __builtin_prefetch(address)
     /* Of the cells of one endpoint several workers add tokens. */
     #define kb_add(cell, value) __atomic_fetch_add((cell), (value), __ATOMIC_RELAXED)
     """
-    void prefetch "kb_prefetch"(const void *address) nogil
     uint64_t fetch_add "kb_add"(uint64_t *cell, uint64_t value) nogil
 
 cdef enum:
@@ -322,14 +321,13 @@ cdef class PrefixIndex(SharedMemory):
     cdef int lookup(self, const uint64_t *blocks, int n, Found *found) noexcept:
         """The endpoints that are believed to hold a beginning of the prompt, with its depth.
 
-        Fills ``found``, which has FOUND_MAX places; returns how many.
+        Fills ``found``, which has FOUND_MAX places; returns how many. The buckets are usually in the
+        cache, because _prompt_scan.pyx loads them when it has hashed the prompt.
         """
         cdef uint64_t *bucket
         cdef uint64_t entry, tag
         cdef int32_t row
         cdef int block, at, place, count = 0
-        for block in range(n):
-            prefetch(self._bucket(blocks[block]))
         for block in range(n - 1, -1, -1):  # the deepest first: the first hit of a row counts
             bucket = self._bucket(blocks[block])
             tag = tag_of(blocks[block])

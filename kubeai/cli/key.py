@@ -21,9 +21,15 @@ COLUMNS = (
 )  # fmt: skip
 
 Name = Annotated[str, typer.Argument(help="Name of the Secret, which is the key's name.")]
-Tenant = Annotated[str, typer.Option(help="Tenant: keys that share fair queueing (default: NAME).")]
+Tenant = Annotated[
+    str | None,
+    typer.Option(
+        help="Tenant of the key. Keys of one tenant share a place in the fair queue "
+        "(default: NAME)."
+    ),
+]
 Models = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Label selector for the Models that the key may use (default: all).",
         metavar="SELECTOR",
@@ -47,13 +53,15 @@ Priority = Annotated[
     ),
 ]
 Expires = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="When the key expires: a duration (90d, 12h) or a time "
         "(2027-01-31T00:00:00Z). Default: never.",
     ),
 ]
-Admin = Annotated[bool, typer.Option("--admin", help="Allow the console and what it changes.")]
+Admin = Annotated[
+    bool, typer.Option("--admin", help="Allow the key to use the console, which can change Models.")
+]
 Authorino = Annotated[
     bool,
     typer.Option(
@@ -77,20 +85,20 @@ def key() -> typer.Typer:
 
 def create(
     name: Name,
-    tenant: Tenant = "",
-    models: Models = "",
+    tenant: Tenant = None,
+    models: Models = None,
     rpm: RequestsPerMinute = None,
     tpm: TokensPerMinute = None,
     max_in_flight: MaxInFlight = None,
     priority: Priority = None,
-    expires: Expires = "",
+    expires: Expires = None,
     admin: Admin = False,
     authorino: Authorino = False,
     kubeconfig: Kubeconfig = None,
     namespace: Namespace = "",
     output: Output = "table",
 ) -> None:
-    """Create a key and print it. It is shown only once: the Secret has its SHA-256."""
+    """Create a key and print it. It is shown only once: the Secret stores its SHA-256."""
     import msgspec
 
     from kubeai.client import keys

@@ -18,7 +18,7 @@ def usage(
     by: Annotated[
         str,
         typer.Option(
-            help="Add up by key, tenant or model (default: one line for each key and Model).",
+            help="Aggregate by key, tenant or model (default: one line for each key and Model).",
             metavar="GROUP",
             show_default=False,
         ),

@@ -55,13 +55,13 @@ class NewKey(msgspec.Struct, frozen=True, kw_only=True):
     """The options of ``kubeai key create``."""
 
     name: str
-    tenant: str = ""
-    models: str = ""
+    tenant: str | None = None
+    models: str | None = None
     rpm: int | None = None
     tpm: int | None = None
     max_in_flight: int | None = None
     priority: int | None = None
-    expires: str = ""  # a duration, such as 90d, or a time
+    expires: str | None = None  # a duration, such as 90d, or a time
     admin: bool = False
     authorino: bool = False
 
@@ -105,12 +105,12 @@ def secret_of(new: NewKey, key: str, now_s: float) -> dict[str, Any]:
     annotations = {
         TENANT: new.tenant,
         MODELS: new.models,
-        RPM: "" if new.rpm is None else str(new.rpm),
-        TPM: "" if new.tpm is None else str(new.tpm),
-        MAX_IN_FLIGHT: "" if new.max_in_flight is None else str(new.max_in_flight),
-        PRIORITY: "" if new.priority is None else str(new.priority),
-        EXPIRES: expiry(new.expires, now_s) if new.expires else "",
-        ADMIN: "true" if new.admin else "",
+        RPM: new.rpm,
+        TPM: new.tpm,
+        MAX_IN_FLIGHT: new.max_in_flight,
+        PRIORITY: new.priority,
+        EXPIRES: None if new.expires is None else expiry(new.expires, now_s),
+        ADMIN: "true" if new.admin else None,
     }
     if new.authorino:
         labels, entry = {LABEL: "true", **AUTHORINO}, {ENTRY_KEY: key}
@@ -120,7 +120,9 @@ def secret_of(new: NewKey, key: str, now_s: float) -> dict[str, Any]:
         "metadata": {
             "name": new.name,
             "labels": labels,
-            "annotations": {name: text for name, text in annotations.items() if text},
+            "annotations": {
+                name: str(value) for name, value in annotations.items() if value is not None
+            },
         },
         "type": "Opaque",
         "data": {name: base64.b64encode(text.encode()).decode() for name, text in entry.items()},

@@ -1,5 +1,8 @@
 """Declarations of ``_credentials.pyx``."""
 
+from cpython.object cimport PyObject
+
+from kubeai._fingerprint cimport Fingerprint
 from kubeai._keys cimport Key
 from kubeai.gateway.relay._request_head cimport RequestHead
 
@@ -23,6 +26,9 @@ cdef struct Credential:
     Problem problem
     int sources  # of the keys that were found
     bint has_cookie  # the request has cookies
+    PyObject *key  # the key, to be confirmed before other code runs; borrowed; NULL: none
+    Fingerprint fingerprint  # of its text
 
 
-cdef Key take_key(RequestHead head, dict keys, Credential *credential)
+cdef int take_key(RequestHead head, dict keys, Credential *credential) except -1
+cdef Key confirm(dict keys, Credential *credential)

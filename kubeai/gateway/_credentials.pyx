@@ -14,13 +14,23 @@ constant time nevertheless. Called by ``_fast_path.pyx`` for requests, by keys.p
 Most requests have a key that this process has seen before. It is recognised by a fingerprint of its
 text (_fingerprint.pxd), which takes a tenth of the time, with a random secret of this process. Only
 valid keys have one, so wrong keys take no memory. A key that leaves the dictionary is forgotten.
+The keys that have been seen are in sets of four, one cache line each. If a set is full, one of its
+keys makes room, and is looked up by its digest the next time. With 10,000 keys, this happens to one
+in a hundred.
+
+With thousands of keys, a request's key is rarely in the CPU's cache. So :func:`take_key` locates it
+by a tag in the set and begins to load it, and :func:`confirm` verifies it a little later.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_INCREF, Py_XDECREF
+from libc.stdint cimport uint64_t
 from libc.string cimport memchr, memcpy, memmove, memset
 
 import os
 
+from kubeai._cache_line cimport LINE_BYTES, prefetch
 from kubeai._clock cimport wall_s
 from kubeai._fingerprint cimport Fingerprint, fingerprint_of, is_same_fingerprint
 from kubeai._keys cimport Key
@@ -36,9 +46,24 @@ except ImportError:
 cdef enum:
     DIGEST_BYTES = 32
     NO_KEY = 8  # a Source: removed without being a key
-    SEEN_MAX_KEYS = 1 << 16  # four times as many as there may be, so that few share a place
 
-cdef list _seen = None  # keys by fingerprint, or None; made for the first one
+
+cdef extern from *:
+    """
+    #define KB_SETS (1 << 13) /* with places for twice as many keys as there may be */
+    #define KB_PLACES 4
+    typedef struct {
+        uint64_t tag;  /* see tag_of */
+        PyObject *key; /* with a reference; NULL: free */
+    } kb_place;
+    static _Alignas(64) kb_place kb_seen[KB_SETS][KB_PLACES]; /* takes no memory until it is used */
+    """
+    enum: SETS "KB_SETS"
+    enum: PLACES "KB_PLACES"
+    ctypedef struct Place "kb_place":
+        uint64_t tag
+        PyObject *key
+    Place seen "kb_seen"[1][4]
 
 
 cdef Fingerprint secret_in(bytes text) except *:
@@ -77,20 +102,20 @@ cdef bint take_scheme(Bytes *value) noexcept:
     return True
 
 
-cdef Key take_lines(Text *text, dict keys, Credential *credential):
-    """Remove the headers with keys from header lines, and return the key that they have."""
+cdef int take_lines(Text *text, dict keys, Credential *credential) except -1:
+    """Remove the headers with keys from header lines, and find the key that they have."""
     cdef const char *at = text.at
     cdef const char *end = text.at + text.size
     cdef const char *line_end
     cdef char *to = text.at  # what is kept moves here
-    cdef Key key = None
-    cdef Fingerprint first, other
+    cdef Fingerprint other
     cdef Bytes value
     cdef Py_ssize_t name_size
     cdef int source
     credential.problem = MISSING
     credential.sources = 0
     credential.has_cookie = False
+    credential.key = NULL
     while at < end:
         line_end = <const char *> memchr(at, c"\r", end - at)
         source = source_of(at, line_end - at)
@@ -106,14 +131,13 @@ cdef Key take_lines(Text *text, dict keys, Credential *credential):
                     credential.problem = NOT_BEARER
             elif value.size and not credential.sources:
                 credential.sources = source
-                first = fingerprint_of(&_secret, value.at, value.size)
-                key = find(keys, value, &first, &credential.problem)
+                find(keys, value, credential)
             elif value.size:
                 credential.sources |= source
                 other = fingerprint_of(&_secret, value.at, value.size)
-                if not is_same_fingerprint(&first, &other):
+                if not is_same_fingerprint(&credential.fingerprint, &other):
                     credential.problem = DIFFERENT
-                    key = None
+                    credential.key = NULL
         else:
             if line_end - at > 6 and at[6] == c":" and is_name(at, b"cookie", 6):
                 credential.has_cookie = True
@@ -123,7 +147,7 @@ cdef Key take_lines(Text *text, dict keys, Credential *credential):
         at = line_end + 2
     memset(to, 0, end - to)  # so that no key is left behind the text
     text.size = to - text.at
-    return key
+    return 0
 
 
 cdef bint is_equal(const char *one, const char *other, Py_ssize_t size) noexcept:
@@ -135,16 +159,37 @@ cdef bint is_equal(const char *one, const char *other, Py_ssize_t size) noexcept
     return differences == 0
 
 
-cdef Key find(dict keys, Bytes text, const Fingerprint *fingerprint, Problem *problem):
-    """The key with a text; None if there is none."""
-    cdef Key key = recall(keys, fingerprint)
-    if key is None:
+cdef int find(dict keys, Bytes text, Credential *credential) except -1:
+    """Find the key with a text: it is still to be confirmed."""
+    cdef Key key
+    credential.fingerprint = fingerprint_of(&_secret, text.at, text.size)
+    credential.key = recall(keys, &credential.fingerprint)
+    if credential.key is NULL:
         key = look_up(keys, text)
         if key is None:
-            problem[0] = INVALID
-            return None
-        remember(keys, key, fingerprint)
-    problem[0] = EXPIRED if 0 < key.expires_s <= wall_s() else NO_PROBLEM
+            credential.problem = INVALID
+            return 0
+        remember(keys, key, &credential.fingerprint)
+        credential.key = <PyObject *> key  # which is in ``keys``
+    credential.problem = NO_PROBLEM
+    return 0
+
+
+cdef Key confirm(dict keys, Credential *credential):
+    """The key that was found; None: ``credential`` says why. An expired key is returned as well."""
+    cdef Key key
+    if credential.key is NULL:
+        return None
+    key = <Key> credential.key
+    if (
+        not is_same_fingerprint(&key.fingerprint, &credential.fingerprint)
+        or key.is_revoked
+        or key.seen_in is not keys
+    ):
+        credential.problem = INVALID
+        return None
+    if 0 < key.expires_s <= wall_s():
+        credential.problem = EXPIRED
     return key
 
 
@@ -162,57 +207,85 @@ cdef Key look_up(dict keys, Bytes text):
     return key
 
 
-cdef Key recall(dict keys, const Fingerprint *fingerprint):
-    """The key that has been seen with a fingerprint in ``keys``, until :func:`forget`."""
-    cdef Key key
-    if _seen is None:
-        return None
-    key = <Key> _seen[<Py_ssize_t> (fingerprint.low % SEEN_MAX_KEYS)]
-    if (
-        key is None
-        or not is_same_fingerprint(&key.fingerprint, fingerprint)
-        or key.is_revoked
-        or key.seen_in is not keys
-    ):
-        return None
-    return key
+cdef inline Place *set_of(const Fingerprint *fingerprint) noexcept:
+    return seen[<size_t> (fingerprint.low % SETS)]
+
+
+cdef inline uint64_t tag_of(dict keys, const Fingerprint *fingerprint) noexcept:
+    """Half of the fingerprint: the other one selects the set.
+
+    Other dictionaries have other tags. A key that has a place refers to its dictionary, so no other
+    one can have its address.
+    """
+    return fingerprint.high ^ <uint64_t> <size_t> <PyObject *> keys
+
+
+cdef PyObject *recall(dict keys, const Fingerprint *fingerprint) noexcept:
+    """The key that has probably been seen with a fingerprint in ``keys``; begins to load it."""
+    cdef Place *places = set_of(fingerprint)
+    cdef uint64_t tag = tag_of(keys, fingerprint)
+    cdef const char *at
+    cdef int i
+    for i in range(PLACES):
+        if places[i].tag == tag and places[i].key is not NULL:
+            at = <const char *> places[i].key
+            prefetch(at)
+            prefetch(at + LINE_BYTES)
+            prefetch(at + 2 * LINE_BYTES)
+            return places[i].key
+    return NULL
+
+
+cdef void put(Place *place, uint64_t tag, PyObject *key) noexcept:
+    cdef PyObject *old = place.key
+    place.tag = tag
+    place.key = key
+    Py_XDECREF(old)
 
 
 cdef int remember(dict keys, Key key, const Fingerprint *fingerprint) except -1:
-    global _seen
-    if _seen is None:
-        _seen = [None] * SEEN_MAX_KEYS
+    cdef Place *places = set_of(fingerprint)
+    cdef Place *place = &places[(fingerprint.high >> 32) % PLACES]  # if none is free
+    cdef int i
+    forget(key)
+    for i in range(PLACES):
+        if places[i].key is NULL:
+            place = &places[i]
+            break
     key.fingerprint = fingerprint[0]
     key.seen_in = keys
-    _seen[<Py_ssize_t> (fingerprint.low % SEEN_MAX_KEYS)] = key
+    Py_INCREF(key)
+    put(place, tag_of(keys, fingerprint), <PyObject *> key)
     return 0
 
 
 def forget(Key key not None):
     """See the stub."""
-    cdef Py_ssize_t place = <Py_ssize_t> (key.fingerprint.low % SEEN_MAX_KEYS)
-    if _seen is not None and _seen[place] is key:
-        _seen[place] = None
+    cdef Place *places = set_of(&key.fingerprint)
+    cdef int i
     key.seen_in = None
+    for i in range(PLACES):
+        if places[i].key is <PyObject *> key:
+            put(&places[i], 0, NULL)
 
 
-cdef Key take_key(RequestHead head, dict keys, Credential *credential):
-    """Remove the headers with keys from a head, and return the key of the request.
+cdef int take_key(RequestHead head, dict keys, Credential *credential) except -1:
+    """Remove the headers with keys from a head, and find the key of the request.
 
-    None: ``credential`` says why. An expired key is returned as well.
+    Whether it has a problem is known once it is confirmed.
     """
     return take_lines(&head.text, keys, credential)
 
 
 def check(dict keys not None, bytes credential not None):
     """See the stub."""
-    cdef Problem problem
+    cdef Credential found
     cdef Bytes text = view(credential)
     if not text.size:
         return None, INVALID
-    cdef Fingerprint fingerprint = fingerprint_of(&_secret, text.at, text.size)
-    cdef Key key = find(keys, text, &fingerprint, &problem)
-    return key, problem
+    find(keys, text, &found)
+    cdef Key key = confirm(keys, &found)
+    return key, found.problem
 
 
 def read(dict keys not None, bytes lines not None):
@@ -221,7 +294,8 @@ def read(dict keys not None, bytes lines not None):
     cdef RequestHead head = RequestHead.__new__(RequestHead)
     cdef Key key
     text_add(&head.text, PyBytes_AS_STRING(lines), PyBytes_GET_SIZE(lines))
-    key = take_key(head, keys, &credential)
+    take_key(head, keys, &credential)
+    key = confirm(keys, &credential)
     left = head.text.at[:head.text.size] if head.text.size else b""
     return key, credential.problem, credential.sources, bool(credential.has_cookie), left
 

@@ -1,20 +1,11 @@
 import asyncio
-from typing import Any, final
+from typing import Any
 
-from kubeai.openai.errors import BadRequest
-from kubeai.openai.request import InferenceRequest
-from kubeai.openai._body_scan import Shape
-from kubeai.openai.routes import Kind
-from kubeai.routing import table as routing
-from kubeai.routing.routes import RequestType
-from kubeai._journal import Journal
-from kubeai._key_table import KeyTable
+from kubeai._counts import Admission, Reservation
 from kubeai._keys import Key
 from kubeai._limits import Charge
-from kubeai.gateway._metering import Meter
 from kubeai._prompt import Prompt
-from kubeai._counts import Admission, Reservation
-from kubeai.api.config.system import GatewayConfig
+from kubeai.gateway.access_log import Observers
 from kubeai.gateway.context import Context
 from kubeai.gateway.cors import CorsPolicy
 from kubeai.gateway.fallback import Fallbacks
@@ -23,36 +14,11 @@ from kubeai.gateway.relay._early import EarlyStream
 from kubeai.gateway.relay._exchange import Pool
 from kubeai.gateway.relay._relay import Relay
 from kubeai.gateway.retries import Retries
-from kubeai.gateway.access_log import Observers
 from kubeai.gateway.uploads.upload import Upload
-from kubeai.gateway.usage_refusals import UsageRefusals
-
-class FastPathContext:
-    config: GatewayConfig
-    routes: routing.RoutingTable
-    models: dict[str, routing.RoutedModel]
-    aliases: dict[str, str]  # the names of their Models
-    canaried: set[str]  # the names of Models with a canary
-    body_max_bytes: int
-    observers: Observers | None
-    journal: Journal | None  # None: requests are not recorded
-    explains: bool
-    logs_prompts: bool  # the access log contains the hashes of prompts
-    json_routes: dict[bytes, JsonRoute]
-    cors: CorsPolicy | None  # None: responses have no CORS headers
-    keys: dict[bytes, Key] | None  # by digest; None: requests need no key
-    limits: KeyTable | None  # what keys have used of their limits; None: they have none
-    meter: Meter | None  # of what keys use; None: requests need no key
-    usage_refusals: UsageRefusals | None  # None: no engine has rejected ``stream_options``
-    request_type: RequestType
-
-@final
-class JsonRoute:
-    kind: Kind
-    path: bytes  # the engine's
-    shape: Shape
-
-    def __init__(self, kind: Kind, path: bytes, shape: Shape) -> None: ...
+from kubeai.openai.errors import BadRequest
+from kubeai.openai.request import InferenceRequest
+from kubeai.openai.routes import Kind
+from kubeai.routing import table as routing
 
 class FastPath(EarlyStream):
     _kind: Kind
@@ -79,7 +45,7 @@ class FastPath(EarlyStream):
     _key: Key | None  # the client's; None: it has none, and needs none
     _needs_admin: bool  # only an administrator's key may have it answered
     _charge: Charge | None  # to the key; None: it has no limits
-    _response_id: str | None  # of a response that the engine may store; the gateway has chosen it
+    _response_id: str | None  # of a response that the engine may store; None: not known
     _metered: bytes | None  # the payload that asks for usage where the client does not
     _unmetered: bytes | None  # the same without; None once it has been sent
     # The Model whose engine has rejected ``_metered``; None: none
@@ -102,8 +68,8 @@ class FastPath(EarlyStream):
     def _refuse(self, error: BadRequest) -> None: ...
     def wait_for_endpoint(self) -> None: ...
     def send_other(self, pool: Pool) -> None: ...
-    def owned_payload(self) -> bytes: ...
-    def moved(self, reservation: Reservation) -> None: ...
+    def payload_with_id(self) -> bytes: ...
+    def moved(self, reservation: Reservation, suppressed: int) -> None: ...
     def judge_key(self, problem: int, sources: int) -> bool: ...
     def is_followed(self, prompt_tokens: int, sent_tokens: int) -> bool: ...
     def revoked(self) -> None: ...

@@ -12,7 +12,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memchr, memcpy
 
-from kubeai._clock cimport now
+from kubeai._cache_line cimport prefetch
+from kubeai._clock cimport coarse_now, now
 from kubeai._counts cimport Admission, Reservation, admit
 from kubeai._journal cimport (
     ID_MAX_BYTES,
@@ -38,9 +39,10 @@ from kubeai._load cimport (
     PICKED_CACHED,
     PICKED_NEW,
 )
-from kubeai._pick cimport Picker
+from kubeai._pick cimport Picker, RoutedFields
 from kubeai._prompt cimport Prompt
-from kubeai.gateway._credentials cimport NO_PROBLEM, Credential, take_key
+from kubeai.gateway._credentials cimport NO_PROBLEM, Credential, confirm, take_key
+from kubeai.gateway._fast_path_context cimport FastPathContext, JsonRoute
 from kubeai.gateway._key_limits cimport charge_for, limit_lines, settle
 from kubeai.gateway._metering cimport Meter
 from kubeai.gateway._names cimport engines_json, find_model, renaming_of
@@ -91,41 +93,6 @@ cdef inline uint8_t pick_of(Reservation reservation) noexcept:
     return PICK_NEW if reservation.reason == PICKED_NEW else PICK_LEAST
 
 
-cdef class FastPathContext:
-    """What the fast path uses of the worker's context; see context.py."""
-
-    cdef public object config  # GatewayConfig
-    cdef public object routes  # RoutingTable
-    cdef public dict models  # name -> RoutedModel: the routing table's
-    cdef public dict aliases  # alias -> the Model's name: the routing table's
-    cdef public set canaried  # the names of Models with a canary: the routing table's
-    cdef public int64_t body_max_bytes  # the config's
-    cdef public object observers  # None: requests are not observed
-    cdef public Journal journal  # None: requests are not recorded
-    cdef public bint explains  # clients may ask why an endpoint was picked
-    cdef public bint logs_prompts  # the access log contains the hashes of prompts
-    cdef public dict json_routes  # request target -> JsonRoute
-    cdef public object cors  # CorsPolicy; None: responses have no CORS headers
-    cdef public dict keys  # digest -> Key; None: requests need no key
-    cdef public KeyTable limits  # what keys have used of their limits; None: they have none
-    cdef public Meter meter  # of what keys use; None: requests need no key
-    cdef public object usage_refusals  # UsageRefusals; None: no engine has rejected the field
-    cdef public str request_type  # "http" or "message": what the process's requests count as
-
-
-cdef class JsonRoute:
-    """How to handle POST requests with a JSON body for one path."""
-
-    cdef readonly object kind
-    cdef readonly bytes path  # the engine's
-    cdef readonly Shape shape
-
-    def __init__(self, kind, bytes path not None, Shape shape not None):
-        self.kind = kind
-        self.path = path
-        self.shape = shape
-
-
 cdef bint is_special(const Text *text) noexcept:
     """Whether header lines have one that the fast path does not handle."""
     cdef const char *at = text.at
@@ -154,7 +121,7 @@ cdef class FastPath(EarlyStream):
     cdef public bytes _payload  # the body sent to the engine; None: an upload, or no body
     cdef public object _upload  # of a request with a multipart form
     cdef public object _request
-    cdef public object _routed
+    cdef public RoutedFields _routed
     cdef public object _asked  # the Model that was asked for; None: _routed
     cdef public object _fallbacks  # None: no attempt has been made to leave _routed
     cdef public object _session  # of a WebSocket whose events name the model
@@ -173,7 +140,7 @@ cdef class FastPath(EarlyStream):
     cdef public Key _key  # the client's; None: it has none, and needs none
     cdef public bint _needs_admin  # only an administrator's key may have it answered
     cdef public Charge _charge  # to the key; None: it has no limits
-    cdef public str _response_id  # of a response that the engine may store; None: not chosen
+    cdef public str _response_id  # of a response that the engine may store; None: not known
     cdef public bytes _metered  # the payload that asks for usage where the client does not
     cdef public bytes _unmetered  # the same without; None once it has been sent
     cdef public object _refusing  # the Model whose engine has rejected ``_metered``; None: none
@@ -186,12 +153,20 @@ cdef class FastPath(EarlyStream):
     cdef int _begun(self) except -1:
         cdef JsonRoute json_route = None
         cdef FastPathContext context = <FastPathContext?> self.downstream.relay.context
+        cdef Credential credential
+        cdef bint is_plain
         forget_usage(&self.usage)
         if context.cors is not None:
             self.allow_origin(context.cors)
-        if context.keys is not None and not self._take_key(context.keys):
+        if context.keys is not None:
+            take_key(self.downstream.head, context.keys, &credential)
+        # No Python code may run here: the key is borrowed until it is confirmed.
+        is_plain = self.downstream.head.method == b"POST" and not is_special(
+            &self.downstream.head.text
+        )
+        if context.keys is not None and not self._has_key(context, &credential):
             return 0
-        if self.downstream.head.method == b"POST" and not is_special(&self.downstream.head.text):
+        if is_plain:
             json_route = context.json_routes.get(self.downstream.head.target)
         if json_route is None:
             self.on_head()
@@ -206,32 +181,33 @@ cdef class FastPath(EarlyStream):
             self.observe(context.observers)
         return 0
 
-    cdef bint _take_key(self, dict keys) except -1:
-        """Find the client's key, and keep it from engines; False: the request is rejected."""
-        cdef Credential credential
-        self._key = take_key(self.downstream.head, keys, &credential)
+    cdef bint _has_key(self, FastPathContext context, Credential *credential) except -1:
+        """Confirm the client's key; False: the request is rejected."""
+        self._key = confirm(context.keys, credential)
+        if self._key is not None and context.limits is not None:
+            context.limits.prefetch(self._key.row)
         if credential.problem == NO_PROBLEM and not credential.has_cookie:
             return True
         return self.judge_key(<int> credential.problem, credential.sources)
 
     cdef int _collected(self) except -1:
         cdef InferenceRequest request = None
-        cdef object routed = None
+        cdef RoutedFields routed = None
         cdef Picker picker
         cdef FastPathContext context = <FastPathContext> self.downstream.relay.context
         if self.json_route is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
             request = scan(self.json_route.shape, self.body)
         if request is not None and request.previous.at is NULL:
             routed = find_model(context.models, context.aliases, request)
-        if routed is not None and self._key is not None and not self._key.allows(routed.route):
-            routed = None
+        if routed is not None and self._key is not None and self._key.selection is not None:
+            routed = routed if self._key.allows(routed.route) else None
         self._request = request
         if routed is None or request.adapter is not None:
             self.on_body()
             return 0
         if context.canaried and request.name in context.canaried:
             routed = self.split(request, routed)
-        picker = <Picker?> routed.picker
+        picker = routed.picker
         self._routed = routed
         self._prompt = prompt_for(picker, request, context.logs_prompts)
         self._payload = self.body
@@ -315,8 +291,8 @@ cdef class FastPath(EarlyStream):
     cpdef _attempt(self, Reservation reservation):
         self._reservation = reservation
         cdef Pool pool = <Pool?> reservation.target
-        if reservation.first != reservation.name:
-            self.moved(reservation)
+        if reservation.first is not reservation.name and reservation.first != reservation.name:
+            self._moved(reservation)
         if self._candidates is not None:
             self.explain(reservation)
         if reservation.is_probe:
@@ -325,12 +301,19 @@ cdef class FastPath(EarlyStream):
             pool.failing = True
         if self._payload is None:
             self.send_other(pool)
-        elif self._key is not None and self._kind is RESPONSES:
-            self.send(pool, self._path, self.owned_payload())
+        elif self._kind is RESPONSES:
+            self.send(pool, self._path, self.payload_with_id())
         else:
             if self._key is not None:
                 self._ask_for_usage()
             self.send(pool, self._path, self._payload)
+
+    cdef int _moved(self, Reservation reservation) except -1:
+        cdef FastPathContext context = <FastPathContext> self.downstream.relay.context
+        cdef int64_t suppressed = context.moves._take(coarse_now())
+        if suppressed >= 0:
+            self.moved(reservation, suppressed)
+        return 0
 
     cdef int _ask_for_usage(self) except -1:
         """Have the engine report the tokens of a stream, and the relay remove the report again."""
@@ -353,10 +336,10 @@ cdef class FastPath(EarlyStream):
         self.usage_filter = UsageFilter(self._routed.route.engine in NULL_USAGE_ENGINES)
         return 0
 
-    cdef int _body_came(self) except -1:
+    cdef int _body_came(self, double now_s) except -1:
         if self._reservation is not None and not self._reservation._released:
-            self.first_s = now()
-            self._reservation._prefilled(self.first_s)
+            self.first_s = now_s
+            self._reservation._prefilled(now_s)
         return 0
 
     cdef int _body_ended(self, const char *tail, Py_ssize_t size) except -1:
@@ -368,7 +351,7 @@ cdef class FastPath(EarlyStream):
         if self.upstream.head.is_compressed():  # then it was found by chance
             return 0
         self.usage = usage
-        cdef Picker picker = <Picker?> self._routed.picker
+        cdef Picker picker = self._routed.picker
         if usage.prompt_tokens != <uint32_t> UNKNOWN_TOKENS:
             picker.learn_tokens(self._prompt, usage.prompt_tokens)
         if picker.queues is not None:
@@ -381,35 +364,52 @@ cdef class FastPath(EarlyStream):
     cdef int _ended(self) except -1:
         cdef object task = self._task
         cdef Reservation reservation = self._reservation
-        cdef FastPathContext context
         cdef bint is_reported = self.usage.output_tokens != <uint32_t> UNKNOWN_TOKENS
+        cdef bint is_followed = False
+        if self._key is not None:
+            prefetch(<void *> self._key.counts)
         if task is not None:
             self._task = None
             task.cancel()
         if self._upload is not None:
             self._upload.close()
-        if reservation is not None and not reservation._released:
-            reservation._release()
         if self._fallbacks is not None:
             self._fallbacks.close()
         if self._admission is not None:
-            self._admission._count(self._outcome())
-            if self._admission._open:
-                self._admission._close()
-            context = <FastPathContext> self.downstream.relay.context
-            if self.began_s and context.journal is not None:
-                self._record(context.journal)
-            if self._key is not None and context.meter is not None:
-                self._meter(context.meter, is_reported)
-                if self._refusing is self._routed and self.status == 200:
-                    if context.usage_refusals is None:
-                        context.usage_refusals = UsageRefusals()
-                    context.usage_refusals.add(self._routed)
+            is_followed = self._count(is_reported)
+        if reservation is not None and not reservation._released:
+            if is_followed:
+                reservation._computed()
+            else:
+                reservation._release()
         if self._charge is not None and self._charge._open:
             settle(self._charge, self._key, self._request, &self.usage, is_reported)
         if self._observed is not None:
             self.observed()
         return 0
+
+    cdef bint _count(self, bint is_reported) except -1:
+        """Count an admitted request that has ended.
+
+        True: its response is computed in the background, and followed. What the request counts in
+        is then released when that is done.
+        """
+        cdef FastPathContext context = <FastPathContext> self.downstream.relay.context
+        cdef bint is_followed = False
+        self._admission._count(self._outcome())
+        if self.began_s and context.journal is not None:
+            self._record(context.journal)
+        if self._key is not None and context.meter is not None:
+            is_followed = self._meter(context.meter, is_reported)
+            if self._refusing is self._routed and self.status == 200:
+                if context.usage_refusals is None:
+                    context.usage_refusals = UsageRefusals()
+                context.usage_refusals.add(self._routed)
+        elif self._response_id is not None and not is_reported and self._has_response():
+            is_followed = self.is_followed(0, 0)
+        if self._admission._open and not is_followed:
+            self._admission._close()
+        return is_followed
 
     cdef int _record(self, Journal journal) except -1:
         """Enter the request in the journal."""
@@ -450,13 +450,13 @@ cdef class FastPath(EarlyStream):
         journal.commit(slot)
         return 0
 
-    cdef int _meter(self, Meter meter, bint is_reported) except -1:
-        """Count the request for its key, unless its response is computed in the background.
+    cdef bint _meter(self, Meter meter, bint is_reported) except -1:
+        """Count the request for its key, unless its response is followed; returns whether it is.
 
         Afterwards all of ``usage`` is known, or estimated.
         """
         cdef Usage *usage = &self.usage
-        cdef str model = self._routed.route.model
+        cdef str model = self._routed.model
         cdef bint is_estimated = self._estimate(meter, model)
         if (
             self._kind is RESPONSES
@@ -468,9 +468,9 @@ cdef class FastPath(EarlyStream):
             )
         ):
             self._charge = None  # ended with the response
-        else:
-            meter.count(self._key, model, usage, is_estimated)
-        return 0
+            return True
+        meter.count(self._key, model, usage, is_estimated)
+        return False
 
     cdef bint _has_response(self) noexcept:
         """Whether a response has begun, or the client has given the request up at an engine."""
@@ -528,12 +528,15 @@ cdef class FastPath(EarlyStream):
         """Send a request to an endpoint whose body is not in ``_payload``."""
         raise NotImplementedError
 
-    def owned_payload(self):
-        """The body, so that a response that the engine stores belongs to the key's tenant."""
+    def payload_with_id(self):
+        """The body, with the ID of the response that the engine stores if the gateway chooses it."""
         raise NotImplementedError
 
-    def moved(self, reservation):
-        """Log that a request goes to another endpoint than the one its key maps to."""
+    def moved(self, reservation, suppressed):
+        """Log that a request goes to another endpoint than the one its key maps to.
+
+        ``suppressed``: how many such requests were not logged since the last one.
+        """
         raise NotImplementedError
 
     def judge_key(self, problem, sources):
@@ -546,8 +549,9 @@ cdef class FastPath(EarlyStream):
     def is_followed(self, prompt_tokens, sent_tokens):
         """Whether the response may be computed in the background. The engine is then asked for it.
 
-        It is counted later, instead of now, and the charge ended. Both numbers are estimates; the
-        client of a stream was sent ``sent_tokens``.
+        When it is done, it is counted for its key, and the charge, the Admission and the
+        Reservation end. Both numbers are estimates; the client of a stream was sent
+        ``sent_tokens``.
         """
         raise NotImplementedError
 

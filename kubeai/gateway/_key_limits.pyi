@@ -12,7 +12,8 @@ def expected_tokens(key: Key | None, prompt: Prompt, request: InferenceRequest) 
     """The tokens that a request is expected to use: its prompt, and its response.
 
     The response is expected to have as many tokens as the body allows; if it does not say, as many
-    as those to this key (None: ``OUTPUT_TOKENS``) had on average.
+    as those to this key (None: ``OUTPUT_TOKENS``) had on average, and at most what the key's limit
+    of a minute leaves beside the prompt.
     """
 
 def learn_output(key: Key, tokens: int) -> None:

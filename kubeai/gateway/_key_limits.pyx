@@ -35,15 +35,19 @@ cdef double LEARNED_SHARE = 0.05  # of a new response in the mean
 cdef int64_t expected(Key key, Prompt prompt, InferenceRequest request) noexcept:
     """See ``expected_tokens`` in the stub."""
     cdef int64_t tokens = 0 if prompt is None else prompt.tokens
-    cdef int64_t asked
+    cdef int64_t output
     if not request.generates:
         return tokens
-    asked = asked_tokens(&request.asked)
-    if asked >= 0:
-        return tokens + asked
-    if key is not None and key.mean_output_tokens > 0:
-        return tokens + <int64_t> ceil(key.mean_output_tokens)
-    return tokens + OUTPUT_TOKENS_FIRST
+    output = asked_tokens(&request.asked)
+    if output >= 0:
+        return tokens + output
+    output = OUTPUT_TOKENS_FIRST
+    if key is not None:
+        if key.mean_output_tokens > 0:
+            output = <int64_t> ceil(key.mean_output_tokens)
+        if key.tokens_per_minute:  # only what the client asks for makes a request too large
+            output = min(output, max(<int64_t> 0, key.tokens_per_minute - tokens))
+    return tokens + output
 
 
 def expected_tokens(Key key, Prompt prompt not None, InferenceRequest request not None):

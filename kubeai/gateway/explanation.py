@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kubeai.logs import RateLimit, get_logger
+from kubeai.logs import get_logger
 
 if TYPE_CHECKING:
     from kubeai._counts import Reservation
@@ -18,8 +17,6 @@ log = get_logger(__name__)
 
 CANDIDATES_MAX = 16  # the cheapest; a header has its limits
 
-# Under load many requests move, and logging a line (10 µs) adds half to the cost of a request.
-_moves = RateLimit(burst_max=500, per_s=20)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -49,19 +46,20 @@ def explanation(
     )
 
 
-def log_move(request_id: str, route: Route, reservation: Reservation) -> None:
-    """Log that a request goes to another endpoint than the first candidate."""
-    suppressed = _moves.take(time.monotonic())
-    if suppressed is not None:
-        log.info(
-            "request moved off its first endpoint",
-            request_id=request_id,
-            model=route.model,
-            endpoint=reservation.name,
-            first=reservation.first,
-            suppressed=suppressed,
-            **why_moved(route.strategy, reservation),
-        )
+def log_move(request_id: str, route: Route, reservation: Reservation, suppressed: int) -> None:
+    """Log that a request goes to another endpoint than the first candidate.
+
+    ``suppressed``: how many such requests were not logged since the last one.
+    """
+    log.info(
+        "request moved off its first endpoint",
+        request_id=request_id,
+        model=route.model,
+        endpoint=reservation.name,
+        first=reservation.first,
+        suppressed=suppressed,
+        **why_moved(route.strategy, reservation),
+    )
 
 
 def why_moved(strategy: Strategy, reservation: Reservation) -> dict[str, float]:

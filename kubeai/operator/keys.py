@@ -139,7 +139,8 @@ class Keys:
 
     def _settle(self, names: Iterable[str]) -> None:
         """Publish and report what has changed for these Secrets: lost keys, changes, new keys."""
-        verdicts = {name: self._verdict(name) for name in names}
+        oldest: dict[bytes, str] = {}
+        verdicts = {name: self._verdict(name, oldest) for name in names}
 
         def order(name: str) -> tuple[bool, bool]:
             return verdicts[name][0] is not None, name not in self._published
@@ -158,17 +159,22 @@ class Keys:
                     log.info(f"API key {what}", secret=name)
             self._note(name, reason, message)
 
-    def _verdict(self, name: str) -> tuple[ApiKey | None, str, str]:
-        """A Secret's key; or None, and a reason and a message unless it is simply gone."""
+    def _verdict(self, name: str, oldest: dict[bytes, str]) -> tuple[ApiKey | None, str, str]:
+        """A Secret's key; or None, and a reason and a message unless it is simply gone.
+
+        ``oldest``: the names of the oldest Secrets by digest, as far as they are known; extended.
+        """
         known = self._secrets.get(name)
         if known is None:
             return None, "", ""
         if known.key is None:
             return None, UNUSABLE if known.problem else "", known.problem
-        holders = self._holders[known.key.digest]
-        oldest = min(holders, key=lambda each: age(self._secrets[each].metadata))
-        if oldest != name:
-            return None, DUPLICATE, f"the Secret {oldest}, which is older, has the same key"
+        digest = known.key.digest
+        if digest not in oldest:
+            holders = self._holders[digest]
+            oldest[digest] = min(holders, key=lambda each: age(self._secrets[each].metadata))
+        if oldest[digest] != name:
+            return None, DUPLICATE, f"the Secret {oldest[digest]}, which is older, has the same key"
         return known.key, "", ""
 
     def _note(self, name: str, reason: str, message: str) -> None:

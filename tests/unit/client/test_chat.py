@@ -9,6 +9,9 @@ from fakes.gateway import FakeGateway
 from fakes.terminal import PtyProcess
 from harness import until
 
+from kubeai.client.gateway import Gateway
+from kubeai.errors import KubeAIError
+
 COMMAND = (sys.executable, "-m", "kubeai", "chat")
 TIMEOUT_S = 30
 
@@ -54,6 +57,12 @@ async def test_a_prompt_is_answered_on_stdout_and_nothing_else_is_printed(gatewa
         "max_tokens": 5,
     }
     assert gateway.headers[0]["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("text", ["a\nb", "ä"])
+def test_a_key_that_no_header_can_have_is_an_error(text):
+    with pytest.raises(KubeAIError, match="the API key has"):
+        Gateway("http://127.0.0.1/openai/v1", text)
 
 
 async def test_stdin_is_the_prompt_if_it_is_not_a_terminal(gateway):

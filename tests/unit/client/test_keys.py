@@ -113,9 +113,19 @@ def test_another_expiry_is_refused(text, words):
         keys.expiry(text, NOW_S)
 
 
-@pytest.mark.parametrize("fields", [{"models": "a=b=c"}, {"tenant": "a\nb"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"models": "a=b=c"},
+        {"tenant": "a\nb"},
+        # `--models "$MODELS"` with an unset variable must not allow all Models.
+        {"models": ""},
+        {"tenant": ""},
+        {"expires": ""},
+    ],
+)
 async def test_nothing_is_written_with_an_invalid_option(kube, fields):
-    with pytest.raises(KubeAIError, match=r"kubeai\.org/"):
+    with pytest.raises(KubeAIError, match=r"kubeai\.org/|^--expires: "):
         await create(kube, **fields)
     assert kube.objects == {}
 

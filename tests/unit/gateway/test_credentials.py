@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kubeai._keys import Key
-from kubeai.gateway._credentials import Problem, Source, check, fingerprint, read
+from kubeai.gateway._credentials import Problem, Source, check, fingerprint, forget, read
 from kubeai.gateway.event_counts import EventCounter
 from kubeai.gateway.keys import Keys
 from kubeai.routing.keys import KeyDelta, KeySnapshot
@@ -136,6 +136,20 @@ def test_a_key_that_was_seen_is_released_when_it_is_gone():
     assert sys.getrefcount(key) == before + 1
     keys.apply(KeyDelta(2, "a", None))
     assert sys.getrefcount(key) == before - 2  # neither by name nor by digest
+
+
+def test_keys_are_found_and_released_however_many_were_seen():
+    """More than the places for keys that were seen, so that some of them had to make room."""
+    texts = [b"sk-%d" % n for n in range(33_000)]
+    made = [Key(record("a", text.decode())) for text in texts]
+    table = {key.digest: key for key in made}
+    before = list(map(sys.getrefcount, made))
+    for _ in range(2):
+        assert all(check(table, text)[0] is key for text, key in zip(texts, made, strict=True))
+    seen = list(map(sys.getrefcount, made))
+    assert 0 < sum(seen) - sum(before) < len(made), "some of them have made room"
+    list(map(forget, made))
+    assert list(map(sys.getrefcount, made)) == before
 
 
 def test_a_key_that_was_seen_can_expire():

@@ -8,14 +8,11 @@ import pytest
 import uvloop
 from fakes.api_keys import REQUIRED, stored_id
 from fakes.chats import CHAT, ask, failing, hang, lose
-from fakes.limited_keys import KeyedWorld, Rows, bearer, digest_of, key_for
+from fakes.limited_keys import KeyedWorld, bearer, digest_of
 from fakes.wire import CHUNKED, Message, Wire, answer, chunk, post, says, until
 
-from kubeai._key_table import KeyTable, Use
-from kubeai._prompt import Prompt
-from kubeai.gateway._key_limits import OUTPUT_TOKENS, expected_tokens
+from kubeai._key_table import Use
 from kubeai.openai import request as openai
-from kubeai.openai.routes import Kind
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 FORM = (
@@ -53,9 +50,6 @@ async def refused(wire: Wire) -> tuple[dict, Message]:
     answered = await wire.answer()
     assert answered.status == 429, answered
     return json.loads(answered.body)["error"], answered
-
-
-# -- refusals ----------------------------------------------------------------------------------
 
 
 async def test_requests_beyond_the_limit_get_a_429_that_says_when_to_retry(keyed):
@@ -177,9 +171,6 @@ async def test_requests_in_flight_are_limited_until_one_ends(keyed):
     await until(lambda: keyed.use("k").in_flight == 0)
     await third.send(ask_as("k"))
     assert (await third.answer()).status == 200
-
-
-# -- tokens ------------------------------------------------------------------------------------
 
 
 async def test_tokens_are_reserved_from_the_body_and_settled_from_the_reported_usage(keyed):
@@ -444,68 +435,6 @@ async def test_keys_without_limits_are_not_counted_and_get_no_headers(keyed):
     served = await wire.answer()
     assert (served.status, limits_in(served)) == (200, {})
     assert keyed.use("k") == Use(0, 0, 0)
-
-
-# -- the estimate ------------------------------------------------------------------------------
-
-
-def read(kind: Kind = Kind.CHAT, **fields: Any):
-    return openai.read(kind, json.dumps({"model": "m", **fields}).encode())
-
-
-@pytest.mark.parametrize(
-    ("fields", "tokens"),
-    [
-        ({}, -1),
-        ({"max_tokens": 100}, 100),
-        ({"max_completion_tokens": 70}, 70),
-        ({"max_output_tokens": 50}, 50),
-        ({"max_tokens": 10, "max_completion_tokens": 70}, 70),
-        ({"max_tokens": 10, "n": 3}, 30),
-        ({"n": 3}, -1),
-        ({"max_tokens": 0}, -1),
-        ({"max_tokens": -1}, -1),
-        ({"max_tokens": None}, -1),
-        ({"max_tokens": "100"}, -1),
-        ({"max_tokens": 1.5}, -1),
-        ({"max_tokens": [7]}, -1),
-        ({"max_tokens": 10**30}, 1 << 30),
-        ({"max_tokens": 10**9, "n": 10**9}, 1 << 30),
-        ({"options": {"num_ctx": 5, "num_predict": 9}}, 9),
-        ({"options": {"num_predict": -2}}, -1),
-        ({"options": {}}, -1),
-        ({"options": [1]}, -1),
-        ({"options": {"deep": {"num_predict": 9}}}, -1),
-        ({"metadata": {"max_tokens": 9}}, -1),
-    ],
-)
-def test_the_bodys_limit_of_the_response_is_read(fields, tokens):
-    assert read(**fields).output_tokens == tokens
-
-
-@pytest.mark.parametrize("field", [b"max_tokens", b"max_output_tokens", b"max_completion_tokens"])
-def test_an_escaped_key_is_read_as_the_engine_reads_it(field):
-    for at in range(len(field)):
-        escaped = b"%b\\u%04x%b" % (field[:at], field[at], field[at + 1 :])
-        body = b'{"model":"m","%b":100}' % escaped
-        assert openai.read(Kind.CHAT, body).output_tokens == 100
-
-
-@pytest.mark.parametrize("kind", [Kind.EMBEDDINGS, Kind.RERANK, Kind.TOKENIZE])
-def test_requests_that_generate_nothing_are_expected_to_use_their_prompt(kind):
-    request = read(kind, max_tokens=100)
-    assert expected_tokens(None, Prompt(11), request) == 11
-
-
-def test_the_expected_response_is_learned_from_those_before():
-    table = KeyTable.create(1, 1)
-    key = key_for(Rows(table), "k")
-    assert expected_tokens(None, Prompt(5), read()) == 5 + OUTPUT_TOKENS
-    assert expected_tokens(key, Prompt(5), read()) == 5 + OUTPUT_TOKENS
-    key.mean_output_tokens = 30.5
-    assert expected_tokens(key, Prompt(5), read()) == 5 + 31
-    assert expected_tokens(key, Prompt(5), read(max_tokens=7)) == 12
-    table.close()
 
 
 async def test_responses_teach_the_mean(keyed):

@@ -92,6 +92,32 @@ async def test_a_response_counts_with_the_tokens_that_it_reports(keyed):
     assert await counted(world) == {}
 
 
+@pytest.mark.parametrize("size", [61, 1000, 2047, 5000])
+async def test_a_report_near_the_end_is_found_wherever_the_buffers_of_a_response_end(keyed, size):
+    lengths = range(0, 2200, 43)
+    bodies = [
+        b'{"choices": "%b", "usage": %b, "more": "%b"}'
+        % (b"x" * length, json.dumps(USAGE).encode(), b"y" * (7 * length % 1900))
+        for length in lengths
+    ]
+    left = iter(bodies)
+
+    async def script(wire: Wire, request: Message) -> None:
+        body = next(left)
+        await wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+        for at in range(0, len(body), size):
+            await wire.send(body[at : at + size])
+
+    world = await keyed()
+    world.route("m", {"pod": await world.engine(script)})
+    wire = await world.client()
+    for body in bodies:
+        await wire.send(ask())
+        assert (await wire.answer()).body == body
+    count = len(lengths)
+    assert await counted(world) == {"m": (count, 0, 12 * count, 8 * count, 7 * count)}
+
+
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 async def test_a_stream_is_counted_and_its_client_does_not_see_the_report(keyed, path, version):

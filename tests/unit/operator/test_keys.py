@@ -107,6 +107,12 @@ def test_an_edit_that_makes_a_secret_unusable_revokes_its_key_and_is_reported_on
     assert world.keys["alice"].requests_per_minute == 5
 
 
+@pytest.mark.timeout(30)  # in cubic time, it takes minutes
+def test_a_thousand_secrets_with_one_key_are_read_in_quadratic_time(keys, world):
+    keys.replace([secret(f"s{number}", created=number % 60) for number in range(1000)])
+    assert list(world.keys) == ["s0"]
+
+
 def test_of_two_secrets_with_one_key_the_older_has_it(keys, world):
     keys.changed("ADDED", secret("young", created=5))
     assert set(world.keys) == {"young"}
