@@ -1,6 +1,7 @@
 """WebSocket handshakes, byte by byte, and an engine that accepts them."""
 
 from fakes.wire import Message, Wire
+from fakes.world import World
 
 SWITCHED = (
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -30,3 +31,11 @@ async def echo(wire: Wire, request: Message) -> None:
     while data := await wire.reader.read(65536):
         await wire.send(data)
     wire.close()
+
+
+async def opened(world: World, request: bytes = b"") -> Wire:
+    """A client's connection after its handshake."""
+    wire = await world.client()
+    await wire.send(request or handshake())
+    assert (await wire.head()).status == 101
+    return wire

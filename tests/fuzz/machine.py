@@ -77,9 +77,6 @@ class End:
     def get_extra_info(self, name: str, default: object = None) -> object:
         return {"peername": ("10.0.0.1", 1), "socket": self._socket}.get(name, default)
 
-    def get_write_buffer_size(self) -> int:
-        return 0
-
     def set_write_buffer_limits(self, high: int) -> None:
         pass
 

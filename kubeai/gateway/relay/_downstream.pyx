@@ -4,7 +4,7 @@
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t
 
-from kubeai._clock cimport now
+from kubeai._clock cimport coarse_now
 from kubeai.gateway.relay._exchange cimport (
     BODY,
     BUSY,
@@ -61,7 +61,7 @@ cdef class Downstream(DownstreamEnd):
         address = transport.get_extra_info("peername")
         self.peer = address[0].encode() if isinstance(address, tuple) else b"unknown"
         self.relay.downstreams.add(self)
-        self.deadline = now() + self.relay.keep_alive_timeout_s
+        self.deadline = coarse_now() + self.relay.keep_alive_timeout_s
         if len(self.relay.downstreams) > self.relay.connections_max:
             self._refuse(503, "Too many connections are open.")
 
@@ -97,14 +97,14 @@ cdef class Downstream(DownstreamEnd):
 
     def pause_writing(self):
         self.write_paused = True
-        self.deadline = now() + self.relay.stall_timeout_s
+        self.deadline = coarse_now() + self.relay.stall_timeout_s
         if self.exchange is not None and self.exchange.upstream is not None:
             self.exchange.upstream._pause()
 
     def resume_writing(self):
         self.write_paused = False
         if self.state == IDLE:
-            self.deadline = now() + self.relay.keep_alive_timeout_s
+            self.deadline = coarse_now() + self.relay.keep_alive_timeout_s
         elif self.state < LEAVING:
             self.deadline = 0
         if self.exchange is not None and self.exchange.upstream is not None:
@@ -154,7 +154,7 @@ cdef class Downstream(DownstreamEnd):
             else:
                 self.transport.pause_reading()
         if in_pieces and not self.write_paused:
-            self.deadline = now() + self.relay.body_timeout_s if reading else 0
+            self.deadline = coarse_now() + self.relay.body_timeout_s if reading else 0
         return 0
 
     # heads
@@ -204,7 +204,7 @@ cdef class Downstream(DownstreamEnd):
                 self._use(size)  # only empty lines, which some old clients send after a body
             elif not self.head_started:
                 self.head_started = True
-                self.deadline = now() + self.relay.head_timeout_s
+                self.deadline = coarse_now() + self.relay.head_timeout_s
             return False
         self.head_started = False
         if not head.parse(self.input, self.used, end):
@@ -254,7 +254,7 @@ cdef class Downstream(DownstreamEnd):
             if self.input is not None:
                 self._collect()
             if self.state == BODY and self.deadline == 0:
-                self.deadline = now() + self.relay.body_timeout_s
+                self.deadline = coarse_now() + self.relay.body_timeout_s
         elif self.input is not None and self.exchange.receiving:
             self.exchange._hook(self.exchange.on_piece)
         elif self.input is not None:
@@ -340,7 +340,7 @@ cdef class Downstream(DownstreamEnd):
             self.state == BODY
             and self.input is not None
             and not self.head.chunked
-            and self.head.parser is not None
+            and self.head.feed_data is not None
             and PyBytes_GET_SIZE(self.input) - self.used >= self.body.left
         ):  # the body is not needed, but has been received
             self.head.skip_body(cut(self.input, self.used, <Py_ssize_t> self.body.left))
@@ -427,7 +427,7 @@ cdef class Downstream(DownstreamEnd):
         else:
             self.state = IDLE
             if not self.write_paused:
-                self.deadline = now() + self.relay.keep_alive_timeout_s
+                self.deadline = coarse_now() + self.relay.keep_alive_timeout_s
             if self.input is not None:
                 self._pump()
             self._set_reading()
@@ -438,14 +438,14 @@ cdef class Downstream(DownstreamEnd):
         if self.input is not None:  # closing now would send RST and could discard the response
             return self._linger()
         self.state = LEAVING
-        self.deadline = now() + self.relay.stall_timeout_s
+        self.deadline = coarse_now() + self.relay.stall_timeout_s
         self.transport.close()
         return 0
 
     cdef int _linger(self) except -1:
         """Flush, shut down the write side, and wait briefly for the client to close."""
         self.state = LEAVING
-        self.deadline = now() + LINGER_MAX_S
+        self.deadline = coarse_now() + LINGER_MAX_S
         self.input = None
         if not self.reading:
             self.reading = True
@@ -471,7 +471,7 @@ cdef class Downstream(DownstreamEnd):
     cdef int _drain(self, double sooner_s) except -1:
         if self.state == IDLE and self.input is None and not self.write_paused:
             self.deadline -= sooner_s
-            if self.deadline <= now():
+            if self.deadline <= coarse_now():
                 self._close()
         return 0
 

@@ -65,11 +65,11 @@ cdef class Pool:  # implemented by _pool
     cdef readonly double idle_timeout_s
     cdef public bint failing  # the upstream has failed since its last complete response
     cdef public bint probing  # the upstream is ejected; requests to it are probes
-    cpdef UpstreamEnd take(self)
-    cpdef give(self, UpstreamEnd upstream)
-    cpdef note_failure(self, int failure)
-    cpdef note_answer(self, int status)
-    cpdef note_end(self, int status)
+    cdef UpstreamEnd take(self)
+    cdef int give(self, UpstreamEnd upstream) except -1
+    cdef int note_failure(self, int failure) except -1
+    cdef int note_answer(self, int status, double now_s) except -1
+    cdef int note_end(self, int status) except -1
 
 
 cdef class Exchange:
@@ -103,7 +103,7 @@ cdef class Exchange:
     cdef readonly bytes body  # once collected
     cdef int _begun(self) except -1
     cdef int _collected(self) except -1
-    cdef int _body_came(self) except -1
+    cdef int _body_came(self, double now_s) except -1
     cdef int _body_ended(self, const char *tail, Py_ssize_t size) except -1
     cdef int _ended(self) except -1
     cpdef collect(self, int64_t max_bytes)

@@ -104,23 +104,26 @@ cdef class UpstreamEnd(Connection):
 cdef class Pool:
     """The connections to one upstream; see ``_pool.pyx``."""
 
-    cpdef UpstreamEnd take(self):
+    cdef UpstreamEnd take(self):
         """An idle connection, or None."""
         raise NotImplementedError
 
-    cpdef give(self, UpstreamEnd upstream):
+    cdef int give(self, UpstreamEnd upstream) except -1:
         """Keep a connection for the next request if there is room; otherwise close it."""
         raise NotImplementedError
 
-    cpdef note_failure(self, int failure):
+    cdef int note_failure(self, int failure) except -1:
         """Record that an attempt failed or its response broke off."""
         raise NotImplementedError
 
-    cpdef note_answer(self, int status):
-        """Record a response head. Some statuses count as a failure of the upstream."""
+    cdef int note_answer(self, int status, double now_s) except -1:
+        """Record a response head, received at ``now_s`` (CLOCK_MONOTONIC).
+
+        Some statuses count as a failure of the upstream.
+        """
         raise NotImplementedError
 
-    cpdef note_end(self, int status):
+    cdef int note_end(self, int status) except -1:
         """Record that a response is complete."""
         raise NotImplementedError
 
@@ -409,7 +412,7 @@ cdef class Exchange:
         self.on_body()
         return 0
 
-    cdef int _body_came(self) except -1:
+    cdef int _body_came(self, double now_s) except -1:
         """The first byte of the response's body has been received."""
         return 0
 

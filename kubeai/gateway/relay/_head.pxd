@@ -29,7 +29,7 @@ cdef struct Scan:
 cdef class Head:
     cdef Text text  # the headers to forward, each as "name: value\r\n"
     cdef Scan scan  # of the input that the head is in
-    cdef object parser  # llhttp's; None: to be created
+    cdef object feed_data  # of llhttp's parser; None: to be created
     cdef int64_t length  # Content-Length, or -1
     cdef bint chunked
     cdef bint says_close  # Connection: close

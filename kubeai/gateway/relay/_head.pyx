@@ -174,8 +174,8 @@ cdef class Head:
 
         It does not inspect a body of known length. Of a chunked one it is given only the end.
         """
-        if self.parser is not None:
-            self.parser.feed_data(data)
+        if self.feed_data is not None:
+            self.feed_data(data)
         return 0
 
     # parsing
@@ -190,9 +190,9 @@ cdef class Head:
     cdef int _feed(self, bytes head) except -1:
         """Have llhttp validate a head."""
         try:
-            self.parser.feed_data(head)
+            self.feed_data(head)
         except HttpParserUpgrade:
-            self.parser = None  # it would take what follows for another protocol
+            self.feed_data = None  # it would take what follows for another protocol
         except Exception as error:
             self.fault = str(error)
         return 0
@@ -253,6 +253,7 @@ cdef class Head:
     cdef int _take_tokens(self, bytes value) except -1:
         """Process a Connection header with several tokens, or one that names a header."""
         cdef bytes token
+        cdef list named = [] if self.named is None else [self.named]
         for token in value.lower().split(b","):
             token = token.strip(b" \t")
             if token == b"close":
@@ -260,5 +261,7 @@ cdef class Head:
             elif token == b"keep-alive":
                 self.says_keep = True
             elif token:
-                self.named = token if self.named is None else self.named + b"," + token
+                named.append(token)
+        if named:
+            self.named = b",".join(named)
         return 0

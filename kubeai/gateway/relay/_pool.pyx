@@ -1,7 +1,7 @@
 # cython: language_level=3, nonecheck=True
 """The idle connections to one upstream, and what its responses say about its health."""
 
-from kubeai._clock cimport now
+from kubeai._clock cimport coarse_now
 from kubeai.gateway.relay._exchange cimport Pool, UpstreamEnd
 from kubeai.gateway.relay._relay cimport Relay
 
@@ -43,7 +43,7 @@ cdef class ConnectionPool(Pool):
         """Number of idle connections."""
         return len(self.idle_connections)
 
-    cpdef UpstreamEnd take(self):
+    cdef UpstreamEnd take(self):
         """The most recently returned connection, or None.
 
         A connection past half its idle timeout goes first: connections opened for a burst then stay
@@ -52,7 +52,7 @@ cdef class ConnectionPool(Pool):
         cdef UpstreamEnd upstream
         while self.idle_connections:
             upstream = self.idle_connections[0]
-            if upstream.deadline - now() < self.idle_timeout_s / 2:
+            if upstream.deadline - coarse_now() < self.idle_timeout_s / 2:
                 del self.idle_connections[0]
             else:
                 upstream = self.idle_connections.pop()
@@ -61,33 +61,40 @@ cdef class ConnectionPool(Pool):
             upstream.close()
         return None
 
-    cpdef give(self, UpstreamEnd upstream):
+    cdef int give(self, UpstreamEnd upstream) except -1:
         """Keep a connection for the next request if there is room; otherwise close it."""
         if self.closed or len(self.idle_connections) >= self.max_idle:
             upstream.close()
         else:
             self.idle_connections.append(upstream)
+        return 0
 
-    cpdef note_failure(self, int failure):
+    def keep(self, UpstreamEnd upstream not None):
+        """See the stub."""
+        self.give(upstream)
+
+    cdef int note_failure(self, int failure) except -1:
         """Record that an attempt failed or its response broke off."""
         self.failing = True
         self.failed(failure)
+        return 0
 
-    cpdef note_answer(self, int status):
-        """Record a response head. Some statuses count as a failure of the upstream."""
+    cdef int note_answer(self, int status, double now_s) except -1:
+        """See Pool."""
         if is_failure(status):
-            self.note_failure(_STATUS)
-            return
+            return self.note_failure(_STATUS)
         self.answers += 1
-        self.answered_s = now()
+        self.answered_s = now_s
         if self.probing:
             self.restored()
+        return 0
 
-    cpdef note_end(self, int status):
+    cdef int note_end(self, int status) except -1:
         """Record that a response is complete."""
         if (self.failing or self.probing) and not is_failure(status):
             self.failing = self.probing = False
             self.recovered()
+        return 0
 
     def failed(self, int failure):
         """Hook: an attempt failed, or a response broke off."""

@@ -7,7 +7,7 @@ aborted, so that this module imports nothing of what passes through it.
 
 from libc.stdint cimport int64_t
 
-from kubeai._clock cimport now
+from kubeai._clock cimport coarse_now
 
 from os import urandom
 
@@ -113,7 +113,7 @@ cdef class Relay:
 
     def _tick(self):
         cdef Connection connection
-        cdef double time = now()
+        cdef double time = coarse_now()
         for connection in [*self.downstreams, *self.upstreams]:
             if 0 < connection.deadline < time:
                 connection._expired()

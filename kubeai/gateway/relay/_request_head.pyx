@@ -96,8 +96,8 @@ cdef class RequestHead(Head):
         self._clear()
         self.target = self.host = self.forwarded_for = self.request_id = None
         self.has_proto = self.has_host = self.expects = self.asks_websocket = False
-        if self.parser is None:
-            self.parser = HttpRequestParser(None)
+        if self.feed_data is None:
+            self.feed_data = HttpRequestParser(None).feed_data
         self._feed(cut(data, at, end - at))
         if self.fault is not None:
             self.fault = f"The request head is malformed: {self.fault}."

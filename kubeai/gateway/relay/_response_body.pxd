@@ -23,7 +23,8 @@ cdef class ResponseBody:
     cdef bint malformed  # its chunked framing
     cdef bint recoded  # what is sent differs from what is received: see ``recode``
     cdef bint rechunks  # what is sent is chunked, and what is received is not or is decoded
-    cdef Text tail  # the last bytes of the body as received, 2 KiB if it has as many; with NUL
+    cdef Text tail  # the last bytes of the body as received, from ``oldest`` on
+    cdef Py_ssize_t oldest  # where they begin; what is before follows at the end
     cdef int64_t left  # of a body of known length
     cdef bint decodes  # its chunked framing
     cdef Chunks chunks
@@ -36,5 +37,9 @@ cdef class ResponseBody:
         self, bint chunked, Renaming renaming, UsageFilter usage_filter=*
     ) except -1
     cdef Py_ssize_t take(self, bytes data, Py_ssize_t at) except -1
+    cdef int _replace_oldest(self, const char *data, Py_ssize_t size) except -1
+    cdef int _make_room(self, Py_ssize_t size) except -1
+    cdef const char *end_tail(self) noexcept
+    cdef void _unroll(self) noexcept
     cdef bytes recode(self, bytes piece)
     cdef bint _passes_filter(self, const char *data, Py_ssize_t size) noexcept

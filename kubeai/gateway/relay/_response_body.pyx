@@ -24,30 +24,24 @@ from kubeai.gateway.relay._text cimport Text, text_free, text_grow
 from kubeai.gateway.relay._usage_filter cimport UsageFilter
 
 cdef enum:
-    TAIL_BYTES = 2048  # what an engine reports at the end of a body is in the last bytes
+    # What an engine reports at the end of a body is in the last bytes. With NUL, they are 2 KiB.
+    TAIL_BYTES = 2047
 
 
-cdef inline void note_tail(Text *tail, const char *data, Py_ssize_t size) noexcept:
+cdef inline int note_tail(ResponseBody body, const char *data, Py_ssize_t size) except -1:
     """Keep the last bytes of a body, however many buffers they come in."""
-    cdef Py_ssize_t kept
-    if size >= TAIL_BYTES:
-        data += size - TAIL_BYTES
-        size = TAIL_BYTES
-        tail.size = 0
-    elif tail.size + size > 2 * TAIL_BYTES:
-        kept = TAIL_BYTES - size
-        memmove(tail.at, tail.at + tail.size - kept, kept)
-        tail.size = kept
-    memcpy(tail.at + tail.size, data, size)
-    tail.size += size
+    if size > TAIL_BYTES - body.tail.size:
+        return body._replace_oldest(data, size)
+    if body.tail.size + size >= body.tail.room:
+        body._make_room(size)
+    memcpy(body.tail.at + body.tail.size, data, size)
+    body.tail.size += size
+    return 0
 
 
 @cython.final
 cdef class ResponseBody:
     """The body of the current response on a connection to an engine."""
-
-    def __cinit__(self):
-        text_grow(&self.tail, 2 * TAIL_BYTES + 1)
 
     def __dealloc__(self):
         text_free(&self.grown)
@@ -57,7 +51,7 @@ cdef class ResponseBody:
         """The next body, as its head announces it; ``length``: -1 if that is not known."""
         self.ended = self.malformed = self.recoded = self.rechunks = self.decodes = False
         self.is_unchanged = False
-        self.tail.size = 0
+        self.tail.size = self.oldest = 0
         self.renaming = None
         self.usage_filter = None
         if not has_body:
@@ -115,8 +109,50 @@ cdef class ResponseBody:
             size = 0
             self.ended = True
         if size:
-            note_tail(&self.tail, PyBytes_AS_STRING(data) + at, size)
+            note_tail(self, PyBytes_AS_STRING(data) + at, size)
         return size
+
+    cdef int _replace_oldest(self, const char *data, Py_ssize_t size) except -1:
+        """The tail does not grow any further: a stream may be open for an hour."""
+        cdef Py_ssize_t part
+        if size >= TAIL_BYTES:
+            self.tail.size = self.oldest = 0
+            return note_tail(self, data + size - TAIL_BYTES, TAIL_BYTES)
+        part = TAIL_BYTES - self.tail.size
+        if part:
+            note_tail(self, data, part)
+            data += part
+            size -= part
+        part = min(size, TAIL_BYTES - self.oldest)
+        memcpy(self.tail.at + self.oldest, data, part)
+        self.oldest += part
+        if self.oldest == TAIL_BYTES:
+            self.oldest = size - part
+            memcpy(self.tail.at, data + part, self.oldest)
+        return 0
+
+    cdef int _make_room(self, Py_ssize_t size) except -1:
+        """For ``size`` more bytes of the tail and NUL: 512 bytes, 1 or 2 KiB in all."""
+        cdef Py_ssize_t room = 512
+        while room <= self.tail.size + size:
+            room *= 2
+        return text_grow(&self.tail, room - self.tail.size)
+
+    cdef const char *end_tail(self) noexcept:
+        """The last ``tail.size`` bytes of the body, at least one, with NUL, once it has ended."""
+        if self.oldest:
+            self._unroll()
+        self.tail.at[self.tail.size] = 0
+        return self.tail.at
+
+    cdef void _unroll(self) noexcept:
+        """Move the oldest byte of the tail to the front."""
+        cdef char newer[TAIL_BYTES]
+        cdef Py_ssize_t older = self.tail.size - self.oldest
+        memcpy(newer, self.tail.at, self.oldest)
+        memmove(self.tail.at, self.tail.at + self.oldest, older)
+        memcpy(self.tail.at + older, newer, self.oldest)
+        self.oldest = 0
 
     cdef bytes recode(self, bytes piece):
         """What the client gets for the part just taken, ``piece``; None: nothing yet."""

@@ -134,8 +134,8 @@ cdef class ResponseHead(Head):
 
     cdef bint _parse(self, bytes head, const char *line, const char *line_end) except -1:
         self._clear()
-        if self.parser is None:
-            self.parser = HttpResponseParser(None)
+        if self.feed_data is None:
+            self.feed_data = HttpResponseParser(None).feed_data
         self._feed(head)
         if self.fault is not None or memcmp(line, b"HTTP/1.", 7) != 0 or not is_line(line):
             return False

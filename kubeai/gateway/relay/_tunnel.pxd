@@ -11,7 +11,7 @@ cdef class Tunnel:
     cdef object engine  # its transport
     cdef double idle_timeout_s
     cdef object session  # what reads ``early``: its ``wake()`` is called
-    cdef public bytes early  # frames that came before there is an engine
+    cdef public bytearray early  # frames that came before there is an engine
     cdef Py_ssize_t reserved  # of ``early``, as buffered
     cdef bytes greeting  # the engine's first frame, so far; None: frames are passed on
     cdef int _open(self, bytes head) except -1

@@ -8,7 +8,7 @@ class Session(Protocol):
 
 @final
 class Tunnel:
-    early: bytes  # frames that came before there is an engine
+    early: bytearray  # frames that came before there is an engine
 
     def __init__(self, exchange: Exchange, idle_timeout_s: float) -> None:
         """Have the next attempts ask for a WebSocket. Follow with ``send``, without a body.

@@ -20,7 +20,7 @@ possible until an engine accepts the handshake.
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 
-from kubeai._clock cimport now
+from kubeai._clock cimport coarse_now, now
 from kubeai.gateway.relay._exchange cimport DownstreamEnd, Exchange, UpstreamEnd
 from kubeai.gateway.relay._response_head cimport response_head
 from kubeai.gateway.relay._text cimport Bytes, view
@@ -74,7 +74,8 @@ cdef class Tunnel:
         exchange.begun = exchange.decided = True
         exchange.status = SWITCHING
         self.session = session
-        self.greeting = self.early = b""
+        self.greeting = b""
+        self.early = bytearray()
         headers += self.downstream.head.request_id
         self._open(b"HTTP/1.1" + LINE + b"\r\n" + headers + UPGRADE)
         self.downstream._write(greeting)
@@ -90,7 +91,7 @@ cdef class Tunnel:
         cdef Exchange exchange = self.exchange
         cdef Bytes line = view(LINE)
         cdef Bytes framing = view(UPGRADE)
-        cdef bytes early = self.early
+        cdef bytes early = bytes(self.early) if self.early else None
         exchange.answered = True
         exchange.status = SWITCHING
         exchange.answered_s = now()
@@ -108,7 +109,7 @@ cdef class Tunnel:
             )
         self._connect(exchange.upstream)
         exchange.body_came = True
-        exchange._body_came()
+        exchange._body_came(now())
         self.early = None
         if self.reserved:
             self._reserve(0)
@@ -148,7 +149,7 @@ cdef class Tunnel:
     cdef int _touch(self) except -1:
         """A side has received data: begin the idle timeout again."""
         if not self._stalls():
-            self.downstream.deadline = now() + self.idle_timeout_s
+            self.downstream.deadline = coarse_now() + self.idle_timeout_s
         return 0
 
     cdef bint _stalls(self) noexcept:
@@ -166,7 +167,7 @@ cdef class Tunnel:
             self.upstream._write(data)
             return 0
         self.early += data
-        if not self._reserve(PyBytes_GET_SIZE(self.early)):
+        if not self._reserve(len(self.early)):
             set_reading(self.client, False)
         return self.exchange._hook(self.session.wake)
 
@@ -201,7 +202,7 @@ cdef class Tunnel:
         if upstream is not None:
             self.exchange.upstream = None  # `_abort` would abort it; `close` flushes it first
             upstream.exchange = None
-            upstream.deadline = now() + LINGER_MAX_S
+            upstream.deadline = coarse_now() + LINGER_MAX_S
             self.engine.close()
         self.downstream._abort()
         return 0
@@ -240,7 +241,7 @@ cdef class Tunnel:
 
     cdef int _set_deadline(self) except -1:
         if self._stalls():
-            self.downstream.deadline = now() + self.downstream.relay.stall_timeout_s
+            self.downstream.deadline = coarse_now() + self.downstream.relay.stall_timeout_s
         elif self.upstream is not None:
             self._touch()
         else:

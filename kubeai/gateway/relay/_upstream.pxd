@@ -26,7 +26,7 @@ cdef class Upstream(UpstreamEnd):
     cdef int _write_request(self, bytes body) except -1
     cdef bint _replay(self) except -1
     cdef int _take(self, bytes data) except -1
-    cdef Py_ssize_t _take_head(self, bytes data) except -2
+    cdef Py_ssize_t _take_head(self, bytes data, double now_s) except -2
     cdef bint _diverted(self, bytes data, Py_ssize_t at) except -1
     cdef bytes _response_head(self, bytes data)
     cdef int _continue_stream(self) except -1
@@ -34,7 +34,9 @@ cdef class Upstream(UpstreamEnd):
     cdef UsageFilter _usage_filter(self)
     cdef bint _may_retry(self)
     cdef int _refuse(self, Exchange exchange) except -1
-    cdef int _take_response_body(self, bytes prefix, bytes data, Py_ssize_t at) except -1
+    cdef int _take_response_body(
+        self, bytes prefix, bytes data, Py_ssize_t at, double came_s
+    ) except -1
     cdef bytes _after(self, bytes prefix, bytes piece)
     cdef int _end_with_connection(self) except -1
     cdef int _complete(self) except -1

@@ -4,7 +4,7 @@
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t
 
-from kubeai._clock cimport now
+from kubeai._clock cimport coarse_now, now
 from kubeai.gateway.relay._exchange cimport BODY, DownstreamEnd, Exchange, Pool, UpstreamEnd
 from kubeai.gateway.relay._renaming cimport Renaming
 from kubeai.gateway.relay._response_body cimport CHUNKED, LENGTH, NOTHING, UNTIL_CLOSE, ResponseBody
@@ -149,7 +149,7 @@ cdef class Upstream(UpstreamEnd):
             write_now(-1 if self.write_paused else self.fd, self.transport, data)
             self.unsent_bytes -= PyBytes_GET_SIZE(data)
             if self.first_byte_timeout_s and not self.touched:
-                self.deadline = now() + self.first_byte_timeout_s
+                self.deadline = coarse_now() + self.first_byte_timeout_s
         return 0
 
     cdef bint _replay(self) except -1:
@@ -180,7 +180,8 @@ cdef class Upstream(UpstreamEnd):
                 data = self.input + data
             else:
                 self.head.begin_scan(0)
-            at = self._take_head(data)
+            came_s = now()
+            at = self._take_head(data, came_s)
             if at <= 0:
                 return 0
             if self.head.status == 101:
@@ -190,13 +191,13 @@ cdef class Upstream(UpstreamEnd):
                 self._continue_stream()
             else:
                 prefix = self._response_head(data)
-            came_s = self.exchange.answered_s = now()
+            self.exchange.answered_s = came_s
         if self.between_bytes_timeout_s and not self.paused:
-            self.deadline = (came_s or now()) + self.between_bytes_timeout_s
-        self._take_response_body(prefix, data, at)
+            self.deadline = (came_s or coarse_now()) + self.between_bytes_timeout_s
+        self._take_response_body(prefix, data, at, came_s)
         return 0
 
-    cdef Py_ssize_t _take_head(self, bytes data) except -2:
+    cdef Py_ssize_t _take_head(self, bytes data, double now_s) except -2:
         """The offset of the response body; 0: the head is incomplete; -1: stop here."""
         cdef ResponseHead head = self.head
         cdef bint has_body
@@ -208,7 +209,7 @@ cdef class Upstream(UpstreamEnd):
             self.input = data[head.begin:]
             head.shift_scan(head.begin)
             if self.between_bytes_timeout_s:
-                self.deadline = now() + self.between_bytes_timeout_s
+                self.deadline = coarse_now() + self.between_bytes_timeout_s
             return 0
         self.input = None
         has_body = (
@@ -217,10 +218,10 @@ cdef class Upstream(UpstreamEnd):
             and self.exchange.downstream.head.method != b"HEAD"
         )
         if not has_body and (head.length > 0 or head.chunked):
-            head.parser = None  # llhttp would wait for a body
+            head.feed_data = None  # llhttp would wait for a body
         self.body.begin(has_body, head.chunked, head.length)
         self.reusable = head.keep_alive and self.body.framing != UNTIL_CLOSE
-        self.pool.note_answer(head.status)
+        self.pool.note_answer(head.status, now_s)
         if self._may_retry() and self._diverted(data, end):
             return -1
         self.head_done = True
@@ -326,8 +327,13 @@ cdef class Upstream(UpstreamEnd):
         usage_filter.begin()
         return usage_filter
 
-    cdef int _take_response_body(self, bytes prefix, bytes data, Py_ssize_t at) except -1:
-        """Pass on the received part of the response body, after ``prefix``."""
+    cdef int _take_response_body(
+        self, bytes prefix, bytes data, Py_ssize_t at, double came_s
+    ) except -1:
+        """Pass on the received part of the response body, after ``prefix``.
+
+        ``came_s``: when it was received; 0: now.
+        """
         cdef Exchange exchange = self.exchange
         cdef ResponseBody body = self.body
         cdef bytes piece = None
@@ -338,7 +344,7 @@ cdef class Upstream(UpstreamEnd):
         if size:
             if not exchange.body_came:
                 exchange.body_came = True
-                exchange._body_came()
+                exchange._body_came(came_s or now())
             piece = cut(data, at, size)
             if body.framing == LENGTH:
                 self.head.skip_body(piece)
@@ -393,8 +399,7 @@ cdef class Upstream(UpstreamEnd):
             self._abort()
             return self._refuse(self.exchange)
         if self.body.tail.size:
-            self.body.tail.at[self.body.tail.size] = 0
-            self.exchange._body_ended(self.body.tail.at, self.body.tail.size)
+            self.exchange._body_ended(self.body.end_tail(), self.body.tail.size)
         if self.body.rechunks:
             downstream._write(b"0\r\n\r\n")
         self.exchange.answered = True
@@ -408,19 +413,22 @@ cdef class Upstream(UpstreamEnd):
         return 0
 
     cdef bint _is_clean(self):
-        """Whether the next request can follow: the last one has been sent completely."""
+        """Whether the next request can follow: the last one has been sent completely.
+
+        Writing is paused while the transport has data; see ``write_at_once``.
+        """
         return (
             self.reusable
             and not self.ended
             and self.unsent_bytes <= 0
-            and self.transport.get_write_buffer_size() == 0
+            and not self.write_paused
         )
 
     cdef int _release(self) except -1:
         """Return the connection to the pool."""
         self.served += 1
         self.idle = True
-        self.deadline = now() + self.pool.idle_timeout_s
+        self.deadline = coarse_now() + self.pool.idle_timeout_s
         self._resume()
         self.pool.give(self)
         return 0
@@ -489,7 +497,7 @@ cdef class Upstream(UpstreamEnd):
         if self.paused:
             self.paused = False
             if self.exchange is not None and self.between_bytes_timeout_s:
-                self.deadline = now() + self.between_bytes_timeout_s
+                self.deadline = coarse_now() + self.between_bytes_timeout_s
             if self.transport is not None:
                 self.transport.resume_reading()
         return 0

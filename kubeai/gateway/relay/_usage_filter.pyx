@@ -25,6 +25,7 @@ from kubeai.openai._json cimport skip_key, skip_space, skip_value
 
 cdef enum:
     EVENT_MAX_BYTES = 1 << 18
+    LINE_BYTES = 256  # that are searched for its end at a time
     FIELD_BYTES = 5  # of "data:"
     USAGE_BYTES = 7  # with quotes, as below
     CHOICES_BYTES = 9
@@ -45,9 +46,18 @@ cdef inline bint has_usage(const char *at, Py_ssize_t size) noexcept:
 
 cdef inline const char *line_end(const char *at, const char *end) noexcept:
     """The next CR or LF; NULL if there is none."""
-    cdef const char *lf = <const char *> memchr(at, c"\n", end - at)
-    cdef const char *cr = <const char *> memchr(at, c"\r", (end if lf is NULL else lf) - at)
-    return lf if cr is NULL else cr
+    cdef const char *stop
+    cdef const char *lf
+    cdef const char *cr
+    while at < end:
+        # Not the whole input at once: it may have thousands of CRs before its only LF.
+        stop = at + min(end - at, LINE_BYTES)
+        lf = <const char *> memchr(at, c"\n", stop - at)
+        cr = <const char *> memchr(at, c"\r", (stop if lf is NULL else lf) - at)
+        if cr is not NULL or lf is not NULL:
+            return lf if cr is NULL else cr
+        at = stop
+    return NULL
 
 
 cdef struct Report:
