@@ -20,7 +20,9 @@ from kubeai.openai.request import split_model
 from kubeai.openai.routes import Kind
 
 TOP_LEVEL_KEYS_MAX_COUNT = 1000
+NESTING_MAX_COUNT = 981  # of lists and objects: 980 of a value, and the body itself
 
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -154,15 +156,29 @@ def _top_level(body: bytes) -> dict[_Key, Raw]:
     try:
         if not body.isascii():
             body.decode()  # msgspec does not validate strings that it skips
-        return _top_level_decoder.decode(body)
+        members = _top_level_decoder.decode(body)
     except UnicodeDecodeError as error:
         raise BadRequest(f"The body is not valid UTF-8 (byte {error.start}).") from None
     except msgspec.ValidationError as error:
         raise BadRequest(f"The body is not an acceptable JSON object: {error}.") from None
     except msgspec.DecodeError as error:
         raise BadRequest(f"The body is not valid JSON: {error}.") from None
-    except RecursionError:
+    except RecursionError:  # until Python 3.13; later the limit is the stack's size
         raise BadRequest("The body is nested too deeply.") from None
+    if _nesting(body) > NESTING_MAX_COUNT:
+        raise BadRequest("The body is nested too deeply.")
+    return members
+
+
+def _nesting(body: bytes) -> int:
+    """How deep lists and objects of valid JSON are nested, with the outermost one."""
+    if body.count(b"[") + body.count(b"{") <= NESTING_MAX_COUNT:
+        return 0  # not deeper than allowed
+    deepest = depth = 0
+    for token in _BRACKETS.finditer(body):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _model_value(raw: Raw) -> str:

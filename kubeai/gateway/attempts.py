@@ -19,7 +19,11 @@ from typing_extensions import override
 from kubeai.gateway._credentials import Problem
 from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway._key_limits import expected_tokens
-from kubeai.gateway.background_responses import BackgroundResponse, is_background
+from kubeai.gateway.background_responses import (
+    BackgroundResponse,
+    asks_for_background,
+    is_background,
+)
 from kubeai.gateway.console import is_console
 from kubeai.gateway.denials import no_valid_key
 from kubeai.gateway.endpoint_pool import EndpointPool
@@ -28,7 +32,13 @@ from kubeai.gateway.holding import WAITED, HoldComments, advice, hold, progress
 from kubeai.gateway.realtime import last_event
 from kubeai.gateway.relay._exchange import CONNECT, INVALID, LOST, TIMEOUT
 from kubeai.gateway.retries import TIMED_OUT, Retries, check_loss
-from kubeai.gateway.stored_responses import new_id, with_id
+from kubeai.gateway.stored_responses import (
+    STORING_ENGINES,
+    chosen_id,
+    lookup_headers,
+    new_id,
+    with_id,
+)
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, engine_error, error_answer, header_lines
 from kubeai.openai.routes import Kind
@@ -179,18 +189,33 @@ class AdmittedRequest(FastPath):
         self.add_response_header(b"X-KubeAI-Explain", text)
 
     @override
-    def owned_payload(self) -> bytes:
-        assert self._payload is not None, "the request has a JSON body"
-        assert self._key is not None, "only tenants own responses"
+    def payload_with_id(self) -> bytes:
+        payload = self._payload
+        assert payload is not None, "the request has a JSON body"
+        self._response_id = None
+        if self._key is None:  # then the ID has no owner, and is needed only to follow the response
+            if not self._may_go_on or not asks_for_background(payload):
+                return payload
+            chosen = chosen_id(payload)
+            if chosen is not None:
+                self._response_id = chosen or None
+                return payload
         self._response_id = new_id(self._key)
-        return with_id(self._payload, self._response_id)
+        return with_id(payload, self._response_id)
+
+    @property
+    def _may_go_on(self) -> bool:
+        """Whether the engine can compute responses in the background."""
+        return self._routed.route.engine in STORING_ENGINES
 
     @override
     def is_followed(self, prompt_tokens: int, sent_tokens: int) -> bool:
-        reservation, key = self._reservation, self._key
+        reservation, admission, key = self._reservation, self._admission, self._key
         assert reservation is not None, "an attempt has a reservation"
-        assert key is not None, "only requests with a key are counted for one"
-        if self._response_id is None or self._payload is None or not is_background(self._payload):
+        assert admission is not None, "an attempt has been admitted"
+        if self._response_id is None or self._payload is None or not self._may_go_on:
+            return False
+        if not is_background(self._payload):
             return False
         reserved = expected_tokens(key, self._prompt, self._request) - self._prompt.tokens
         self.context.background_responses.follow(
@@ -198,6 +223,9 @@ class AdmittedRequest(FastPath):
                 self._response_id,
                 cast(EndpointPool, reservation.target).host,
                 self._routed,
+                lookup_headers(self) if key is None else {},
+                admission,
+                reservation,
                 key,
                 self._charge,
                 prompt_tokens,
@@ -208,8 +236,8 @@ class AdmittedRequest(FastPath):
         return True
 
     @override
-    def moved(self, reservation: Reservation) -> None:
-        log_move(self.request_id, self._routed.route, reservation)
+    def moved(self, reservation: Reservation, suppressed: int) -> None:
+        log_move(self.request_id, self._routed.route, reservation, suppressed)
 
     # -- bodies that are sent in pieces ------------------------------------------------------------
 

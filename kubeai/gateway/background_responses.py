@@ -1,26 +1,29 @@
-"""Counts responses that an engine computes in the background, when it is done.
+"""Follows responses that an engine computes in the background, until it is done.
 
 With ``"background": true``, an engine that stores responses answers at once, or goes on when the
-client of a stream leaves. The request has then ended, but its tokens are not known, and the client
-need not ask for them. Therefore :class:`BackgroundResponses` of the worker that has sent the
-request asks the engine, which knows the response by the ID that the gateway has chosen. Until the
-response is done, the request counts as in flight for its key's limits, and its tokens are reserved.
-It is counted once, because only that worker does it.
+client of a stream leaves. The request has then ended, but the engine is at work, its tokens are not
+known, and the client need not ask for them. Therefore :class:`BackgroundResponses` of the worker
+that has sent the request asks the engine, which knows the response by the ID that the gateway has
+chosen. Until the response is done, it is an active request of its Model, for the autoscaler, and in
+flight at its endpoint, and for its key's limits, and its tokens are reserved. Usage is counted
+once, because only that worker does it.
 
 What the engine does not report is estimated: the tokens that were reserved if the response has
 been cancelled, or if this worker cannot learn its end; those that the client was sent if the
 response has failed or is lost.
 
 An engine is asked after ``PAUSE_MIN_S``, then at growing intervals up to ``PAUSE_MAX_S``, and when
-the client asks for the response. Limits: ``FOLLOWED_MAX_COUNT`` responses at a time, each for
-``FOLLOW_MAX_S``, or ``SILENT_MAX_S`` without an answer. Created by context.py, called by
-attempts.py and proxy.py, closed by the worker.
+the client asks for the response. A response whose key is revoked is cancelled. Limits:
+``FOLLOWED_MAX_COUNT`` responses at a time, each for ``FOLLOW_MAX_S``, or ``SILENT_MAX_S`` without
+an answer. Created by context.py, called by attempts.py, proxy.py and server.py, closed by the
+worker.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,6 +36,7 @@ from kubeai.gateway._metering import counted
 from kubeai.logs import get_logger
 
 if TYPE_CHECKING:
+    from kubeai._counts import Admission, Reservation
     from kubeai._keys import Key
     from kubeai._limits import Charge
     from kubeai.gateway._metering import Meter
@@ -75,6 +79,7 @@ class _Response(msgspec.Struct):
 
 
 _asked_decoder = msgspec.json.Decoder(_Asked)
+_MEMBER = b'"background"'
 _response_decoder = msgspec.json.Decoder(_Response)
 
 Missing = Literal["missing"]
@@ -83,29 +88,47 @@ Missing = Literal["missing"]
 def is_background(payload: bytes) -> bool:
     """Whether an engine may compute a response in the background.
 
-    Engines take other values than ``true`` for it, too. A payload that cannot be read may ask for
-    it as well: :class:`BackgroundResponses` then finds that there is no response.
+    A payload that cannot be read may ask for it as well: :class:`BackgroundResponses` then finds
+    that there is no response.
     """
+    return _background(payload) is not False
+
+
+def asks_for_background(payload: bytes) -> bool:
+    """Whether a payload can be read, and asks for a response in the background."""
+    return _MEMBER in payload and _background(payload) is True  # cheap for most payloads
+
+
+def _background(payload: bytes) -> bool | None:
+    """What a payload says; None: it cannot be read. Engines take other values for ``true``, too."""
     try:
         background = _asked_decoder.decode(payload).background
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return True
+        return None
     return background is not None and background is not False
 
 
 @dataclass(slots=True)
 class BackgroundResponse:
-    """A response whose tokens are not known yet. It is settled once."""
+    """A response that is not done yet. It is settled once."""
 
     id: str
     address: str  # of the engine that has it
     routed: RoutedModel
-    key: Key
-    charge: Charge | None  # None: the key has no limits
+    headers: Mapping[str, str]  # to ask with: the client's credentials for the engine
+    admission: Admission  # the request's, as the Reservation: closed once it is settled
+    reservation: Reservation
+    key: Key | None  # None: usage is not counted
+    charge: Charge | None  # None: there is no key, or it has no limits
     prompt_tokens: int  # estimated, as all of these
     sent_tokens: int  # of a stream, to its client
     reserved_tokens: int  # of the output
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # to ask the engine at once
+
+    @property
+    def is_revoked(self) -> bool:
+        """Whether its key has been revoked: the engine must not go on."""
+        return self.key is not None and self.key.is_revoked
 
 
 class BackgroundResponses:
@@ -124,10 +147,12 @@ class BackgroundResponses:
 
     def follow(self, response: BackgroundResponse) -> None:
         """Settle a response when the engine has computed it."""
-        self._followed[response.id] = response
-        if self._is_closed or len(self._followed) > FOLLOWED_MAX_COUNT:
+        is_full = len(self._followed) >= FOLLOWED_MAX_COUNT
+        # An ID that a client has chosen may be in use. The engine has one response for it at most.
+        if self._is_closed or is_full or response.id in self._followed:
             self._settle(response, None)
             return
+        self._followed[response.id] = response
         task = asyncio.get_running_loop().create_task(self._follow(response))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -138,22 +163,36 @@ class BackgroundResponses:
         if response is not None:
             response.wake.set()
 
+    def end_revoked(self) -> None:
+        """Cancel the responses whose keys have been revoked."""
+        for response in self._followed.values():
+            if response.is_revoked:
+                response.wake.set()
+
     async def close(self) -> None:
         """Settle what is not done with the tokens that were reserved, and close the connections."""
         self._is_closed = True
         if self._followed:
-            log.info("usage of background responses is estimated", responses=len(self))
+            log.info("background responses are no longer followed", responses=len(self))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for response in list(self._followed.values()):
-            self._settle(response, None)
+        for response in list(self._followed.values()):  # whose task had not begun
+            self._end(response, None)
         if self._session is not None:
             await self._session.close()
             self._session = None
 
     async def _follow(self, response: BackgroundResponse) -> None:
-        self._settle(response, await self._end_of(response))
+        answer = None
+        try:
+            answer = await self._end_of(response)
+        finally:
+            self._end(response, answer)
+
+    def _end(self, response: BackgroundResponse, answer: _Response | Missing | None) -> None:
+        del self._followed[response.id]
+        self._settle(response, answer)
 
     async def _end_of(self, response: BackgroundResponse) -> _Response | Missing | None:
         """What the engine says about a response in the end; None: nothing, or too late."""
@@ -161,10 +200,12 @@ class BackgroundResponses:
         began_s = heard_s = now_s()
         answer: _Response | Missing | None = None
         while now_s() - began_s < FOLLOW_MAX_S and now_s() - heard_s < SILENT_MAX_S:
-            response.wake.clear()
             pause_s = min(max(PAUSE_MIN_S, PAUSE_SHARE * (now_s() - began_s)), PAUSE_MAX_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(response.wake.wait(), pause_s)
+            response.wake.clear()
+            if response.is_revoked:
+                await self._ask(response, cancels=True)
             answer = await self._ask(response)
             if isinstance(answer, _Response):
                 heard_s = now_s()
@@ -172,13 +213,20 @@ class BackgroundResponses:
                     return answer
         return answer if answer == "missing" else None
 
-    async def _ask(self, response: BackgroundResponse) -> _Response | Missing | None:
-        """The state of a response; None: the engine does not say."""
+    async def _ask(
+        self, response: BackgroundResponse, *, cancels: bool = False
+    ) -> _Response | Missing | None:
+        """The state of a response; None: the engine does not say. ``cancels``: cancel it first."""
         if self._session is None:
             self._session = _new_session()
         url = f"http://{response.address}/v1/responses/{response.id}"
+        method = "GET"
+        if cancels:
+            method, url = "POST", f"{url}/cancel"
         try:
-            async with self._session.get(url, allow_redirects=False) as found:
+            async with self._session.request(
+                method, url, headers=response.headers, allow_redirects=False
+            ) as found:
                 if found.status == 404:
                     return "missing"
                 if found.status != 200:
@@ -197,7 +245,6 @@ class BackgroundResponses:
 
     def _settle(self, response: BackgroundResponse, answer: _Response | Missing | None) -> None:
         """Count a response with what the engine has said about it in the end; None: nothing."""
-        del self._followed[response.id]
         usage = answer.usage if isinstance(answer, _Response) else None
         if usage is None:
             output = response.sent_tokens
@@ -208,11 +255,14 @@ class BackgroundResponses:
             details = usage.input_tokens_details
             cached = 0 if details is None else details.cached_tokens or 0
             tokens = usage.input_tokens, cached, usage.output_tokens
-            learn_output(response.key, usage.output_tokens)
-            response.routed.picker.settle(response.key.share, usage.output_tokens)
+            if response.key is not None:
+                learn_output(response.key, usage.output_tokens)
+                response.routed.picker.settle(response.key.share, usage.output_tokens)
+        response.admission.close()
+        response.reservation.release()
         if response.charge is not None:
             response.charge.end(tokens[0] + tokens[2])
-        if self._meter is not None:
+        if self._meter is not None and response.key is not None:
             model = response.routed.route.model
             counted(self._meter, response.key, model, *tokens, is_estimated=usage is None)
 

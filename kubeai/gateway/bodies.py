@@ -62,6 +62,12 @@ def _content_encoding(exchange: Exchange) -> list[str]:
     return [value.decode("latin-1") for value in exchange.headers(b"content-encoding")]
 
 
+def _reserve(exchange: Exchange, copy: bytes) -> None:
+    """Count another copy of the body as buffered. BadRequest if there is no room for it."""
+    if not exchange.reserve(len(copy)):
+        raise BadRequest("The buffer for request bodies is full.", status=503)
+
+
 async def read_body(
     exchange: Exchange,
     context: Context,
@@ -81,16 +87,15 @@ async def read_body(
     have the engine report the usage of a stream.
 
     BadRequest if the body is invalid, or too long once it is decompressed. Its decompressed form
-    counts as buffered until the exchange ends. Content-Encoding is removed from the request to the
-    engine if it no longer applies.
+    and changed copies count as buffered until the exchange ends. Content-Encoding is removed from
+    the request to the engine if it no longer applies.
     """
     run = asyncio.get_running_loop().run_in_executor
     body = exchange.body
     coding = content_coding(_content_encoding(exchange))
     if coding is not None:
         body = await run(_threads, decompress, coding, body, context.body_max_bytes)
-        if not exchange.reserve(len(body)):
-            raise BadRequest("The buffer for request bodies is full.", status=503)
+        _reserve(exchange, body)
     request = await run(_threads, openai.read, kind, body)
     routed = find(request)
     if routed.route.canary and request.previous_response_id is None:
@@ -98,7 +103,11 @@ async def read_body(
     picker = routed.picker
     prompt = await run(_threads, openai.prompt_of, picker, request, context.logs_prompts)
     payload = await run(_threads, openai.body_for, request, body)
+    if payload is not body:
+        _reserve(exchange, payload)
     metered = await run(_threads, asking_for_usage, request, payload) if is_metered else None
+    if metered is not None:
+        _reserve(exchange, metered)
     if coding is not None:
         changed = changes or metered is not None or request.is_renamed
         if not changed and not context.config.decompress_bodies:

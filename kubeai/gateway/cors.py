@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from kubeai.gateway._fast_path import FastPath
 
 PREFLIGHT_MAX_AGE_S = 600
+# Longer ones are not allowed, because responses to the latest 256 different requests are kept.
+ORIGIN_MAX_BYTES = REQUESTED_MAX_BYTES = 1024
 METHODS = "GET, HEAD, POST, OPTIONS"
 # Browsers hide all other headers from scripts, except those that every response may have.
 EXPOSED = ", ".join(
@@ -62,12 +64,14 @@ class CorsPolicy:
             return
         origins = exchange.headers(b"origin")
         asked = exchange.headers(b"access-control-request-method")
-        wanted = exchange.headers(b"access-control-request-headers")
-        origin = origins[0].decode("latin-1") if len(origins) == 1 else None
+        wanted = b", ".join(exchange.headers(b"access-control-request-headers"))
+        if len(wanted) > REQUESTED_MAX_BYTES:
+            wanted = b""
+        origin = None
+        if len(origins) == 1 and len(origins[0]) <= ORIGIN_MAX_BYTES:
+            origin = origins[0].decode("latin-1")
         preflight = exchange.method == "OPTIONS" and bool(asked)
-        exchange.set_cors_headers(
-            self._headers(origin, preflight, b", ".join(wanted).decode("latin-1"))
-        )
+        exchange.set_cors_headers(self._headers(origin, preflight, wanted.decode("latin-1")))
         # realtime.py checks that of a WebSocket handshake.
         if origins and not (exchange.asks_websocket and exchange.method == "GET"):
             exchange.drop_header(b"origin")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from kubeai._rate_limit import RateLimit
 from kubeai.errors import quoted
 from kubeai.gateway._credentials import Problem, Source
-from kubeai.logs import RateLimit, get_logger
+from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest
 from kubeai.openai.routes import origin_form
 

@@ -111,7 +111,7 @@ class FallbackRequest(AdmittedRequest):
         if self._key is not None and not self._key.allows(route):
             return False
         texts = [text.decode("latin-1") for text in self.headers(b"x-label-selector")]
-        return all(openai.parse_selector(text)(route.labels) for text in texts)
+        return all(selector(route.labels) for selector in openai.parse_selectors(texts))
 
     # -- canaries ----------------------------------------------------------------------------------
 

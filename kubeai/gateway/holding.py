@@ -15,9 +15,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from kubeai._rate_limit import RateLimit
 from kubeai.gateway.relay._relay import RETRY_AFTER_S
 from kubeai.gateway.retries import ENGINE_DIED
-from kubeai.logs import RateLimit, get_logger
+from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, model_not_found
 from kubeai.routing.queueing import Blocked, Displaced, ModelGone, NoEndpoint, Waiting
 

@@ -29,7 +29,7 @@ from kubeai.gateway.internal_headers import DENIED_HEADER, KEY_HEADER
 from kubeai.gateway.keys import HEALTH_PATHS, check_credential
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, error_answer, model_not_found
-from kubeai.openai.request import named, parse_selector
+from kubeai.openai.request import named, parse_selectors
 from kubeai.openai.routes import PREFIX, Kind, RouteMatch, classify
 from kubeai.routing.routes import Route
 
@@ -245,7 +245,7 @@ def _models(request: web.Request, target: RouteMatch) -> web.Response:
 def _selection(request: web.Request) -> Callable[[Route], bool]:
     """A predicate for routes that the client's key and every X-Label-Selector allow."""
     key = _client_key(request)
-    selectors = [parse_selector(text) for text in request.headers.getall("X-Label-Selector", [])]
+    selectors = parse_selectors(request.headers.getall("X-Label-Selector", []))
     if key is not None:
         selectors.append(key.selects)
     return lambda route: all(selector(route.labels) for selector in selectors)

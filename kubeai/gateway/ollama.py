@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 
+from kubeai.errors import decode_problem
 from kubeai.openai.errors import BadRequest, model_not_found
 from kubeai.openai.routes import OLLAMA_PREFIX, PREFIX, Kind
 from kubeai.routing.routes import Feature, Route
@@ -135,7 +136,8 @@ def shown(
     try:
         request = msgspec.json.decode(body, type=OllamaShowRequest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequest(f"The body is not a JSON object with a model: {error}.") from None
+        problem = decode_problem(error)
+        raise BadRequest(f"The body is not a JSON object with a model: {problem}.") from None
     name = request.model or request.name
     for route in routes:
         if _tagged(name) in _names(route):

@@ -273,7 +273,7 @@ class Proxy(FallbackRequest):
             self._kind,
             self._find,
             self._split,
-            changes=self._key is not None and self._kind is Kind.RESPONSES,  # see owned_payload
+            changes=self._key is not None and self._kind is Kind.RESPONSES,  # see payload_with_id
             is_metered=self._key is not None,
         )
         self._prompt, self._payload = read.prompt, read.payload

@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote_plus, urlsplit
 
 import msgspec
 
-from kubeai.errors import quoted
+from kubeai.errors import decode_problem, quoted
 from kubeai.openai.errors import BadRequest, error_event
 from kubeai.openai.routes import Kind
 
@@ -190,16 +190,20 @@ class Session:
         try:
             event = msgspec.json.decode(frame.payload, type=dict[str, msgspec.Raw])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise _violation(f"session.update is not valid JSON: {error}.") from None
+            raise _violation(
+                f"session.update is not valid JSON: {decode_problem(error)}."
+            ) from None
         changed = _frame(_TEXT, _encode({**event, "model": name}), is_masked=True)
-        early = self._tunnel.early
-        self._tunnel.early = early[:begin] + changed + early[begin + self._event_bytes :]
+        self._tunnel.early[begin : begin + self._event_bytes] = changed
         self._read_bytes += len(changed) - self._event_bytes
         self._named, self._event_bytes = name, len(changed)
 
     def wake(self) -> None:
         """Read the frames that have come: answer and remove pings, and look for the model."""
-        data, at = self._tunnel.early, self._read_bytes
+        if self._frames_count == FRAMES_MAX_COUNT:
+            return
+        early, begin = self._tunnel.early, self._read_bytes
+        data, at = bytes(early[begin:]), 0  # what is new, and at most one frame that was incomplete
         kept: list[bytes] = []
         kept_to = 0
         try:
@@ -220,7 +224,7 @@ class Session:
                 self._update.set_exception(error)
                 self._update.exception()  # so that it is not logged if the client has left
         if kept:
-            self._tunnel.early = b"".join((*kept, data[kept_to:]))
+            early[begin:] = b"".join((*kept, data[kept_to:]))
 
     def _answer(self, frame: _Frame) -> None:
         if frame.opcode == _CLOSE:

@@ -142,6 +142,7 @@ class Server:
         keys = self._context.key_table
         if keys is not None and keys.apply(message):
             end_revoked(self.relay)
+            self._context.background_responses.end_revoked()
         self.routes.advance(message.version)
 
     def _tick(self) -> None:

@@ -8,8 +8,9 @@ it has found, because clients poll responses that are generated in the backgroun
 moves, so as long as its endpoint is there, no other one can have it. Endpoints that made a response
 are not remembered before they are asked for it: the ID would have to be read from every body.
 
-A request that continues a stored response (``previous_response_id``) names its Model, so only that
-Model's endpoints are asked, and none if there is only one.
+A request that continues a stored response (``previous_response_id``) names its Model, so only the
+endpoints of that Model, its canary and its fallbacks are asked, and none if the only one is the
+Model's own.
 
 Only endpoints are asked whose engine stores responses and whose Model matches the request's
 selectors. If an adapter made the response, the client gets its name as clients call it.
@@ -33,9 +34,9 @@ import asyncio
 import hashlib
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
 import msgspec
@@ -99,6 +100,13 @@ class _Response(msgspec.Struct):
     model: str | None = None
 
 
+class _Chosen(msgspec.Struct):
+    request_id: Any = None
+
+
+_chosen_decoder = msgspec.json.Decoder(_Chosen)
+
+
 class StoredResponses:
     """The lookups of one worker."""
 
@@ -136,7 +144,7 @@ class StoredResponses:
         return owner
 
     async def owner_of(
-        self, models: Iterable[RoutedModel], exchange: Exchange, response_id: str
+        self, models: Sequence[RoutedModel], exchange: Exchange, response_id: str
     ) -> Owner | None:
         """The endpoint that has the response, for a request to the first model that continues it.
 
@@ -145,7 +153,8 @@ class StoredResponses:
         or there is only one. BadRequest: 503 if one did not answer.
         """
         able = [routed for routed in models if routed.route.engine in STORING_ENGINES]
-        if sum(len(routed.route.endpoints) for routed in able) < 2:
+        places = [routed for routed in able for _ in routed.route.endpoints]
+        if not places or (len(places) == 1 and places[0] is models[0]):
             return None
         if not RESPONSE_ID.fullmatch(response_id):
             return None
@@ -185,7 +194,7 @@ class StoredResponses:
         places = [(routed, endpoint) for routed in models for endpoint in routed.route.endpoints]
         self.lookups += 1
         try:
-            found = await self._ask_all(places, response_id, _headers(exchange))
+            found = await self._ask_all(places, response_id, lookup_headers(exchange))
         finally:
             self.lookups -= 1
         if found is None:
@@ -220,6 +229,7 @@ class StoredResponses:
         count = min(len(places), ASKED_AT_ONCE_MAX_COUNT)
         tasks = [asyncio.ensure_future(ask()) for _ in range(count)]
         all_asked = asyncio.gather(*tasks)
+        all_asked.add_done_callback(_retrieve)
         try:
             await asyncio.wait(
                 (found, all_asked), timeout=LOOKUP_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
@@ -250,6 +260,12 @@ class StoredResponses:
             return _Answer(place)
 
 
+def _retrieve(done: asyncio.Future[Any]) -> None:
+    """Else asyncio logs the exception of a future that nobody waits for any longer."""
+    if not done.cancelled():
+        done.exception()
+
+
 def _new_session() -> aiohttp.ClientSession:
     # Connections are not kept: there are more endpoints than descriptors. Cookies are not kept:
     # the lookups of all clients share the session.
@@ -270,9 +286,20 @@ def _unsure(response_id: str, silent: list[str]) -> BadRequest:
     )
 
 
-def new_id(key: Key) -> str:
-    """An ID for a response of the key's tenant. Each attempt needs another one."""
-    return f"resp_{_owner(key.tenant)}{uuid.uuid4().hex}"
+def new_id(key: Key | None) -> str:
+    """An ID for a response of the key's tenant, or nobody's. Each attempt needs another one."""
+    return f"resp_{'' if key is None else _owner(key.tenant)}{uuid.uuid4().hex}"
+
+
+def chosen_id(payload: bytes) -> str | None:
+    """The ID that a client has chosen for its response; None if it has not.
+
+    Empty if no response can be asked for with it.
+    """
+    chosen = _chosen_decoder.decode(payload).request_id
+    if chosen is None:
+        return None
+    return chosen if isinstance(chosen, str) and RESPONSE_ID.fullmatch(chosen) else ""
 
 
 def with_id(payload: bytes, response_id: str) -> bytes:
@@ -301,7 +328,7 @@ def not_stored(response_id: str) -> BadRequest:
     return BadRequest(f"No replica has a response with the ID {quoted(response_id)}.", status=404)
 
 
-def _headers(exchange: Exchange) -> dict[str, str]:
+def lookup_headers(exchange: Exchange) -> dict[str, str]:
     """The headers of the lookup, with the client's key for the engine, if there is one."""
     headers = {"X-Request-Id": exchange.request_id}
     for value in exchange.headers(b"authorization"):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 SERVICE_NAME = "kubeai"
 CLOSE_TIMEOUT_MS = 2_000
+PATH_MAX_CHARS = 200  # of a span, which may wait in the queue
 
 
 def wants_tracing() -> str | None:
@@ -91,7 +92,7 @@ class Tracing:
 
         Also returns the headers that make it the parent of the engine's span.
         """
-        path = request.target.partition("?")[0]
+        path = request.target.partition("?")[0][:PATH_MAX_CHARS]
         span = self._tracer.start_span(
             f"{request.method} {path_template(path)}" if request.is_inference else request.method,
             context=self._context.extract(request.trace_headers),

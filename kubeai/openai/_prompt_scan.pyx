@@ -18,7 +18,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from kubeai._pick cimport LEAST_LOAD, PREFIX_HASH, Picker
-from kubeai._prefix cimport SAMPLES_MAX
+from kubeai._prefix cimport SAMPLES_MAX, PrefixIndex, prefetch_bucket
 from kubeai._prompt cimport Prompt, next_end, new_prompt
 from kubeai.openai._body_scan cimport InferenceRequest, Place
 from kubeai.openai._json cimport Word, is_word, read_key, skip_space, skip_string, skip_value
@@ -171,7 +171,7 @@ cdef Prompt prompt_for(Picker picker, InferenceRequest request, bint complete):
             prompt.key = request.hash_key(picker.prefix_char_length)
             prompt.has_key = True
         if request.is_cached:
-            _add_blocks(prompt, request, &files, &length)
+            _add_blocks(prompt, request, picker.index, &files, &length)
     if conversation is NULL:
         prompt.tokens = text_tokens(picker.tokens_per_byte, size)
     else:
@@ -183,7 +183,7 @@ cdef Prompt prompt_for(Picker picker, InferenceRequest request, bint complete):
 
 
 cdef int _add_blocks(
-    Prompt prompt, InferenceRequest request, Files *files, Length *length
+    Prompt prompt, InferenceRequest request, PrefixIndex index, Files *files, Length *length
 ) except -1:
     cdef const char *at = request.conversation.at
     cdef int64_t size = size_of(&request.conversation)
@@ -195,7 +195,7 @@ cdef int _add_blocks(
     cdef uint32_t depths[SAMPLES_MAX]
     cdef uint32_t head_tokens = 0
     cdef Place *heads[2]
-    cdef int n = 0, head
+    cdef int n = 0, head, block
     heads[0] = &request.tools
     heads[1] = &request.system_field
     for head in range(2):
@@ -213,6 +213,9 @@ cdef int _add_blocks(
         depths[n] = head_tokens + tokens_of(length, files, at, end)
         n += 1
         next = next_end(end)
+    if index is not None:
+        for block in range(n):
+            prefetch_bucket(index, blocks[block])
     prompt.reserve(n)
     memcpy(prompt.blocks, blocks, n * sizeof(uint64_t))
     memcpy(prompt.depths, depths, n * sizeof(uint32_t))

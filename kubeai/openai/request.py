@@ -16,6 +16,7 @@ Reading is one compiled pass (``_body_scan``). For a body above ``LARGE_BYTES``,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import msgspec
@@ -37,7 +38,7 @@ __all__ = [
     "json_string",
     "named",
     "parse_max_wait",
-    "parse_selector",
+    "parse_selectors",
     "prompt_of",
     "read",
     "split_model",
@@ -84,6 +85,7 @@ SHAPES: dict[Kind, Shape] = {
     )
 }
 
+SELECTORS_MAX_COUNT = 8  # headers of a request
 _encode = msgspec.json.Encoder().encode
 
 
@@ -108,9 +110,19 @@ def split_model(model: str) -> tuple[str, str | None]:
     return name, adapter if separator else None
 
 
-@lru_cache(maxsize=256)
-def parse_selector(text: str) -> Selector:
-    """Parse an X-Label-Selector header; see `label_selector`. BadRequest if it is invalid."""
+def parse_selectors(texts: Sequence[str]) -> list[Selector]:
+    """Parse X-Label-Selector headers, which must all match. BadRequest if one is invalid."""
+    if len(texts) > SELECTORS_MAX_COUNT:
+        raise BadRequest(
+            f"X-Label-Selector is given more than {SELECTORS_MAX_COUNT} times. Join the selectors "
+            "by commas.",
+            param="X-Label-Selector",
+        )
+    return [_parse_selector(text) for text in texts]
+
+
+@lru_cache(maxsize=64)
+def _parse_selector(text: str) -> Selector:
     try:
         return label_selector(text)
     except ValueError as error:

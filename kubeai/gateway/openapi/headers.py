@@ -12,7 +12,7 @@ SELECTOR, MAX_WAIT, REQUEST_ID = "X-Label-Selector", "X-KubeAI-Max-Wait", "X-Req
 TENANT, OBJECTIVE = "X-Gateway-Inference-Fairness-ID", "X-Gateway-Inference-Objective"
 EXPLAIN, ENCODING = "X-KubeAI-Explain", "Content-Encoding"
 RETRY_AFTER, SHOULD_RETRY = "Retry-After", "x-should-retry"
-_DURATION = r"^((\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h))+$|^0$"
+_DURATION = r"^((\d+(\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h))+$|^0$"
 
 
 def _parameter(name: str, description: str, schema: Schema) -> Schema:
@@ -22,8 +22,8 @@ def _parameter(name: str, description: str, schema: Schema) -> Schema:
 PARAMETERS: dict[str, Schema] = {
     SELECTOR: _parameter(
         SELECTOR,
-        "Use only Models whose labels match this label selector. May be repeated; all selectors "
-        "must match.",
+        "Use only Models whose labels match this label selector. May be repeated up to 8 times; "
+        "all selectors must match.",
         {"type": "string", "examples": ["team=search,tier in (gold,silver)"]},
     ),
     MAX_WAIT: _parameter(

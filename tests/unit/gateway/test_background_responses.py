@@ -1,27 +1,25 @@
-"""Responses that engines compute in the background are counted when they are done."""
+"""Responses that engines compute in the background are active, and counted when they are done."""
 
 import asyncio
 import json
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import uvloop
 from fakes.api_keys import REQUIRED
 from fakes.limited_keys import KeyedWorld, bearer, digest_of, key_for
-from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, until
+from fakes.storing_engine import DELTA, TEXT, Storing
+from fakes.wire import Broken, Message, Wire, answer, post, until
 from fakes.world import World
 
 from kubeai._key_table import Use
 from kubeai._keys import Key
 from kubeai._limits import live
 from kubeai.gateway import background_responses
-from kubeai.gateway.background_responses import is_background
+from kubeai.gateway.background_responses import asks_for_background, is_background
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 PATH = "/openai/v1/responses"
-TEXT = "x" * 400
-DELTA = b'event: response.output_text.delta\ndata: {"delta":"hi"}\n\n'
 
 
 def usage(prompt: int, output: int, cached: int = 0) -> dict[str, Any]:
@@ -30,43 +28,6 @@ def usage(prompt: int, output: int, cached: int = 0) -> dict[str, Any]:
         "input_tokens_details": {"cached_tokens": cached},
         "output_tokens": output,
     }
-
-
-@dataclass
-class Storing:
-    """An engine that computes responses in the background until a test says that it is done."""
-
-    responses: dict[str, dict[str, Any]] = field(default_factory=dict)
-    asked: int = 0  # how often the state of a response was read
-    fails: bool = False  # to say what state a response is in
-
-    async def __call__(self, wire: Wire, request: Message) -> None:
-        if request.method == "POST" and request.target.endswith("/cancel"):
-            self.end(status="cancelled")
-        if request.method == "POST" and request.target == "/v1/responses":
-            body = json.loads(request.body)
-            made = {"id": body["request_id"], "status": "queued", "usage": None, "text": TEXT}
-            self.responses[made["id"]] = made
-            if body.get("stream"):
-                await wire.send(CHUNKED + chunk(DELTA * 10))
-                await wire.reader.read()
-            else:
-                await wire.send(answer(200, json.dumps(made).encode()))
-            return
-        self.asked += 1
-        if self.fails:
-            raise Broken(b"", False)
-        stored = self.responses.get(request.target.split("/")[3])
-        await wire.send(answer(200 if stored else 404, json.dumps(stored or {}).encode()))
-
-    def end(self, **changes: Any) -> None:
-        for response in self.responses.values():
-            response.update(changes)
-
-    @property
-    def id(self) -> str:
-        (only,) = self.responses
-        return only
 
 
 class Keyed(KeyedWorld):
@@ -98,7 +59,7 @@ class Keyed(KeyedWorld):
         """Have the engine compute a response in the background."""
         wire = await self.ask(**fields)
         assert json.loads((await wire.answer()).body)["status"] == "queued"
-        await self.world.at_rest()
+        await until(lambda: self.world.server.relay.exchanges == 0, "the request has ended")
 
     async def counted(self) -> tuple[int, ...]:
         """Requests, estimated requests, prompt, cached and completion tokens, in the end."""
@@ -116,8 +77,8 @@ async def keyed(start, monkeypatch):
     keyed = Keyed(await start(keys=REQUIRED))
     await keyed.begin()
     yield keyed
-    await keyed.world.at_rest()
     await keyed.world.context.background_responses.close()
+    await keyed.world.at_rest()
     assert keyed.use("k").in_flight == 0
     assert live() == 0
     keyed.close()
@@ -132,6 +93,15 @@ async def test_the_tokens_that_the_engine_reports_in_the_end_are_charged_and_cou
     assert await keyed.counted() == (1, 0, 110, 64, 4000)
     assert keyed.use("k") == Use(0, 1, 4110)
     assert keyed.key.mean_output_tokens == 4000
+
+
+async def test_it_is_an_active_request_at_its_endpoint_until_it_is_done(keyed):
+    await keyed.start()
+    assert (keyed.world.active("m"), keyed.world.in_flight("m")) == (1, 1)
+    assert keyed.world.endpoint_loads("m") == {"a": 1}
+    assert keyed.world.pending("m") == 0  # no prompt is to be computed twice
+    keyed.engine.end(status="completed", usage=usage(110, 40))
+    await keyed.counted()  # and at rest
 
 
 @pytest.mark.parametrize(
@@ -341,6 +311,122 @@ async def test_a_response_of_a_key_that_is_gone_is_counted_as_usage_but_for_no_o
     assert keyed.use("k") == Use(0, 0, 0)
 
 
+# -- without keys ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def keyless(start, monkeypatch):
+    """A World with an engine that stores responses, and the engine."""
+    monkeypatch.setattr(background_responses, "PAUSE_MIN_S", 0.01)
+    monkeypatch.setattr(background_responses, "PAUSE_MAX_S", 0.01)
+    world, engine = await start(), Storing()
+    world.route("m", {"a": await world.engine(engine)})
+    yield world, engine
+    await world.context.background_responses.close()
+    await world.at_rest()
+    assert live() == 0
+
+
+async def ask(world, **fields):
+    wire = await world.client()
+    await wire.send(post(PATH, json.dumps({"model": "m", "input": TEXT, **fields}).encode()))
+    response = await wire.answer()
+    await until(lambda: world.server.relay.exchanges == 0, "the request has ended")
+    return response
+
+
+async def test_without_keys_a_response_in_the_background_is_an_active_request(keyless):
+    world, engine = keyless
+    await ask(world, background=True)
+    assert (world.active("m"), world.endpoint_loads("m")) == (1, {"a": 1})
+    engine.end(status="completed", usage=usage(110, 40))
+    await until(lambda: world.active("m") == 0, "the response is done")
+
+
+async def test_an_id_that_the_client_has_chosen_is_kept(keyless):
+    world, engine = keyless
+    await ask(world, background=True, request_id="resp_mine")
+    assert (engine.id, world.active("m")) == ("resp_mine", 1)
+    engine.end(status="failed")
+    await until(lambda: world.active("m") == 0, "the response is done")
+
+
+async def test_a_second_response_with_the_same_id_is_not_followed(keyless):
+    world, engine = keyless
+    for _ in range(2):
+        await ask(world, background=True, request_id="resp_mine")
+    assert world.active("m") == 1
+    engine.end(status="completed", usage=usage(110, 40))
+    await until(lambda: world.active("m") == 0, "the response is done")
+
+
+async def test_the_engine_is_asked_with_the_credentials_of_its_client(keyless):
+    world, engine = keyless
+    wire = await world.client()
+    body = json.dumps({"model": "m", "input": TEXT, "background": True}).encode()
+    await wire.send(post(PATH, body, bearer("engine")))
+    await wire.answer()
+    await until(lambda: engine.asked, "the engine is asked")
+    assert engine.credentials == {"Bearer sk-engine"}
+    engine.end(status="completed")
+    await until(lambda: world.active("m") == 0, "the response is done")
+
+
+async def test_a_response_counts_at_its_endpoint_after_that_has_left_the_route(keyless):
+    """A client disconnects while its pod drains: the pod must not look idle."""
+    world, engine = keyless
+    wire = await world.client()
+    body = json.dumps({"model": "m", "input": TEXT, "background": True, "stream": True}).encode()
+    await wire.send(post(PATH, body))
+    await wire.reader.readuntil(DELTA)
+    rows = world.publisher.endpoint_rows("m")
+    world.route("m", {})
+    wire.reset()
+    await until(lambda: len(world.context.background_responses) == 1, "the response is followed")
+    assert (world.active("m"), world.loads.in_flight(rows["a"])) == (1, 1)
+    engine.end(status="completed", usage=usage(110, 40))
+    await until(lambda: world.active("m") == 0, "the response is done")
+
+
+async def test_the_id_of_a_failed_attempt_is_not_asked_for_at_a_fallback(start):
+    async def breaks(wire: Wire, request: Message) -> None:
+        raise Broken(b"", False)
+
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(answer(200, b'{"id":"resp_1","status":"completed"}'))
+
+    world = await start()
+    world.route("m", {"a": await world.engine(breaks)}, fallbacks=("other",))
+    world.route("other", {"b": await world.engine(script)}, engine="OLlama")
+    response = await ask(world, background=True)
+    assert response.status == 200
+    await world.at_rest()
+
+
+@pytest.mark.parametrize(
+    ("engine", "fields"),
+    [
+        ("VLLM", {}),
+        ("VLLM", {"background": False}),
+        ("VLLM", {"background": True, "request_id": "mine"}),  # not an ID to ask for
+        ("OLlama", {"background": True}),
+    ],
+)
+async def test_other_bodies_are_not_changed_and_their_responses_not_followed(start, engine, fields):
+    seen = []
+
+    async def script(wire: Wire, request: Message) -> None:
+        seen.append(json.loads(request.body))
+        await wire.send(answer(200, b'{"id":"resp_1","status":"completed"}'))
+
+    world = await start()
+    world.route("m", {"a": await world.engine(script)}, engine=engine)
+    await ask(world, **fields)
+    assert seen == [{"model": "m", "input": TEXT, **fields}]
+    await world.at_rest()
+    assert len(world.context.background_responses) == 0
+
+
 @pytest.mark.parametrize(
     ("payload", "expected"),
     [
@@ -358,3 +444,18 @@ async def test_a_response_of_a_key_that_is_gone_is_counted_as_usage_but_for_no_o
 )
 def test_a_body_may_ask_for_the_background(payload, expected):
     assert is_background(payload) is expected
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        (b'{"background":true}', True),
+        (b'{"background":false}', False),
+        (b'{"input":"x"}', False),
+        (b'{"metadata":{"background":true}}', False),
+        (b'{"background":true,"temperature":NaN}', False),  # unreadable here
+        (b'\x1f\x8b"background"', False),  # compressed
+    ],
+)
+def test_without_a_key_only_a_body_that_can_be_read_asks_for_it(payload, expected):
+    assert asks_for_background(payload) is expected

@@ -207,6 +207,28 @@ async def test_decompressed_bodies_count_as_buffered_while_the_request_lasts(sta
     assert world.server.relay.buffered_bytes == 0
 
 
+@pytest.mark.parametrize(("model", "copies"), [("m", 1), ("alias", 2)])
+async def test_a_copy_with_another_name_of_the_model_counts_as_buffered(start, model, copies):
+    world = await start()
+    answering = asyncio.Event()
+
+    async def wait(wire: Wire, request: Message) -> None:
+        await answering.wait()
+        await wire.send(answer(200, b"{}"))
+
+    engine = await world.engine(wait)
+    world.route("m", {"pod-1": engine}, aliases=("alias",))
+    body = chat(model, content="x" * (2 << 20))
+    client = await world.client()
+    await client.send(post(CHAT, body))
+    await until(lambda: engine.requests)
+    assert round(world.server.relay.buffered_bytes / len(body)) == copies
+    answering.set()
+    assert (await client.answer()).status == 200
+    await world.at_rest()
+    assert world.server.relay.buffered_bytes == 0
+
+
 async def test_decompression_does_not_block_the_event_loop(start, monkeypatch):
     world = await start()
     engine = await world.engine(ok)

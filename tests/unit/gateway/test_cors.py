@@ -146,6 +146,9 @@ async def test_a_preflight_request_is_answered(start):
         allowed = answered.one("access-control-allow-headers")
         assert allowed == "authorization,content-type,x-kubeai-max-wait"
         assert int(answered.one("access-control-max-age")) > 0
+    long = "Access-Control-Request-Headers: " + ",".join(["x-header"] * 1000)
+    await wire.send(get(CHAT, *asks[:2], long, method="OPTIONS"))
+    assert (await wire.answer()).one("access-control-allow-headers") is None
     await wire.send(get(CHAT, "Origin: https://evil.example", *asks[1:], method="OPTIONS"))
     assert (await wire.answer()).one("access-control-allow-methods") is None
     assert world.server.relay.exchanges == 0

@@ -1,7 +1,5 @@
 """Models, health and 404s over HTTP."""
 
-import contextlib
-
 import aiohttp
 import pytest
 import pytest_asyncio
@@ -35,12 +33,6 @@ class Replica:
         values.setdefault("endpoints", endpoints)
         route = None if gone else Route(model, **values)
         self.routing.apply(self.publisher.update(model, route))
-
-
-@pytest_asyncio.fixture
-async def stack():
-    async with contextlib.AsyncExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture

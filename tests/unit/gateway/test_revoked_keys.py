@@ -8,8 +8,11 @@ from random import Random
 
 import pytest
 from fakes.api_keys import ALICE, BOB, ask, bearer, change, error, keyed, record
+from fakes.storing_engine import Storing
 from fakes.websocket import echo, handshake
 from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, says, until
+
+from kubeai.gateway import background_responses
 
 NONCE = "dGhlIHNhbXBsZSBub25jZQ=="  # a valid one, because the gateway itself accepts
 
@@ -65,6 +68,23 @@ async def test_a_request_that_waits_for_a_response_gets_401(world):
     assert response.status == 401
     assert error(response)["type"] == "authentication_error"
     assert world.in_flight("m") == 0
+
+
+async def test_a_response_in_the_background_is_cancelled_at_its_engine(world, monkeypatch):
+    monkeypatch.setattr(background_responses, "PAUSE_MIN_S", 3600.0)
+    monkeypatch.setattr(background_responses, "PAUSE_MAX_S", 3600.0)
+    engine = Storing()
+    world.route("m", {"pod-1": await world.engine(engine)})
+    for key in (ALICE, BOB):
+        wire = await world.client()
+        body = json.dumps({"model": "m", "input": "hi", "background": True})
+        await wire.send(post("/v1/responses", body.encode(), bearer(key)))
+        assert (await wire.answer()).status == 200
+    await until(lambda: world.active("m") == 2, "both are computed")
+    revoke(world)
+    await until(lambda: world.active("m") == 1, "one is not computed any more")
+    assert [each["status"] for each in engine.responses.values()] == ["cancelled", "queued"]
+    await world.context.background_responses.close()
 
 
 async def test_a_held_request_gets_401_and_is_held_no_more(world):

@@ -1,5 +1,7 @@
 """Stored responses are read and cancelled at the replica that has them."""
 
+import asyncio
+import gc
 import json
 import time
 
@@ -220,6 +222,24 @@ async def test_one_silent_replica_does_not_keep_the_others_from_being_asked(worl
     assert (await ask(world, GET % b"resp_x")).status == 200
 
 
+async def test_the_lookups_that_a_found_response_ends_are_not_reported_as_errors(world, caplog):
+    waiting = asyncio.Event()
+
+    async def silent(wire: Wire, request: Message) -> None:
+        waiting.set()
+        await wire.reader.read()
+
+    async def has(wire: Wire, request: Message) -> None:
+        await waiting.wait()
+        await stores("resp_x")(wire, request)
+
+    world.route("m", {"0": await world.engine(silent), "1": await world.engine(has)})
+    assert (await ask(world, GET % b"resp_x")).status == 200
+    await asyncio.sleep(0)
+    gc.collect()  # asyncio reports the exception of a future when it is freed
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
 async def test_a_response_that_was_found_is_not_looked_up_again(world):
     engine, other = await world.engine(stores("resp_x")), await world.engine(stores())
     world.route("m", {"0": engine, "1": other})
@@ -329,6 +349,16 @@ async def test_only_the_replicas_of_the_requested_model_are_asked(world):
     world.route("other", {"0": other})
     assert (await ask(world, following("resp_x"))).status == 404
     assert other.requests == []
+
+
+@pytest.mark.parametrize("engine_of_m", ["VLLM", "OLlama"])
+async def test_a_response_that_the_only_replica_of_a_fallback_made_is_continued_there(
+    world, engine_of_m
+):
+    world.route("m", {}, fallbacks=("other",), engine=engine_of_m)
+    world.route("other", {"0": await world.engine(continues("resp_x"))})
+    found = await ask(world, following("resp_x"))
+    assert (found.status, found.one("x-kubeai-model")) == (200, "other")
 
 
 async def test_the_engine_says_that_no_replica_has_the_response_to_continue(world):
