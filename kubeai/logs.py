@@ -37,7 +37,6 @@ with _hidden("rich"):
 __all__ = [
     "FORMATS",
     "FORMAT_VARIABLE",
-    "RateLimit",
     "colours_wanted",
     "console_line",
     "get_logger",
@@ -55,29 +54,6 @@ _BOLD, _FAINT = "1", "2"
 # Events of which each field gets a line of its own, because people copy from them.
 _BLOCKS = {"serving", "machine", "first request"}
 _KNOWN = {"timestamp", "level", "event", "message", "exception"}
-
-
-class RateLimit:
-    """A rate limit for a log event: a burst of ``burst_max``, then ``per_s`` per second."""
-
-    def __init__(self, burst_max: int, per_s: float) -> None:
-        self._burst_max = burst_max
-        self._per_s = per_s
-        self._left = float(burst_max)
-        self._at_s = 0.0
-        self._suppressed = 0
-
-    def take(self, now_s: float) -> int | None:
-        """How many events were suppressed before this one; None if this one is suppressed too."""
-        if self._left < 1 or now_s > self._at_s + 1:
-            self._left = min(self._burst_max, self._left + (now_s - self._at_s) * self._per_s)
-            self._at_s = now_s
-            if self._left < 1:
-                self._suppressed += 1
-                return None
-        self._left -= 1
-        suppressed, self._suppressed = self._suppressed, 0
-        return suppressed
 
 
 class _Lines(structlog.WriteLogger):

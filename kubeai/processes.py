@@ -109,7 +109,7 @@ class ForkServer:
         if self.pid == 0:
             ours.close()
             _end_with(parent)
-            _serve(theirs, modules)
+            serve_forks(theirs, modules)
         theirs.close()
         ours.setblocking(False)
         self._sock: socket.socket | None = ours
@@ -146,24 +146,31 @@ class ForkServer:
             raise
 
     async def _ask(self, sock: socket.socket, command: Command) -> Process:
-        if command.env is None:
-            command = msgspec.structs.replace(command, env=dict(os.environ))
-        outputs = () if command.output is None else (command.output, command.output)
-        data = msgspec.msgpack.encode(command)
         set_subreaper(True)
         try:
-            socket.send_fds(sock, [data], (*outputs, *command.pass_fds))
+            send_command(sock, command)
             async with asyncio.timeout(SPAWN_TIMEOUT_S):
                 reply = await asyncio.get_running_loop().sock_recv(sock, REQUEST_MAX_BYTES)
         finally:
             set_subreaper(False)
         if not reply:
             raise EOFError("it has exited")
-        pid = msgspec.msgpack.decode(reply, type=int)
-        return _Forked(pid)
+        return Forked(msgspec.msgpack.decode(reply, type=int))
 
 
-class _Forked:
+def send_command(sock: socket.socket, command: Command) -> None:
+    """Ask a fork server for a process, whose ID it replies.
+
+    The caller is a subreaper until then, so that the process becomes its child.
+    """
+    if command.env is None:
+        command = msgspec.structs.replace(command, env=dict(os.environ))
+    outputs = () if command.output is None else (command.output, command.output)
+    data = msgspec.msgpack.encode(command)
+    socket.send_fds(sock, [data], (*outputs, *command.pass_fds))
+
+
+class Forked:
     """A child process that was not started by asyncio."""
 
     def __init__(self, pid: int) -> None:
@@ -182,13 +189,16 @@ class _Forked:
         self._exited.set_result(self.returncode)
 
     async def wait(self) -> int:
+        """See Process."""
         return await asyncio.shield(self._exited)
 
     def send_signal(self, number: int) -> None:
+        """See Process."""
         if self.returncode is None:
             signal.pidfd_send_signal(self._fd, number)
 
     def kill(self) -> None:
+        """See Process."""
         self.send_signal(signal.SIGKILL)
 
 
@@ -208,7 +218,7 @@ def set_subreaper(adopt: bool) -> None:
 # -- the fork server -------------------------------------------------------------------------------
 
 
-def _serve(sock: socket.socket, modules: Sequence[str]) -> NoReturn:
+def serve_forks(sock: socket.socket, modules: Sequence[str]) -> NoReturn:
     """Fork a process for each request until the other end is closed."""
     try:
         handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _IGNORED}

@@ -57,7 +57,10 @@ class Repository:
         return [_remote(one) for one in tree if isinstance(one, RepoFile)]
 
     async def _fetch(self, files: list[RemoteFile], staging: Staging) -> list[RemoteFile]:
-        """Download the files; returns those that failed verification."""
+        """Download the files, and have the disk keep those that are whole; returns the others.
+
+        A file whose source does not say what it contains counts as whole if its size is right.
+        """
         await self._call(
             snapshot_download,
             self._id,

@@ -145,6 +145,10 @@ class InHand(Gate):
             return refusal(BadRequest(message, status=500), self.path)
 
     async def _try(self, request: Request) -> Answer:
+        """Attempt the request until its answer is final, each time when its Model has a turn free.
+
+        ``_attempt`` notes how long the attempt ran and was held.
+        """
         attempts = Attempts(self._shared.backoff_max_s)
         turns = self._shared.turns.of(request.model)
         request_id = uuid.uuid4().hex

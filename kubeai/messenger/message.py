@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from kubeai.errors import quoted
+from kubeai.errors import decode_problem, quoted
 from kubeai.openai.errors import BadRequest, error_answer
 from kubeai.openai.request import split_model
 from kubeai.openai.routes import Kind, classify
@@ -126,7 +126,7 @@ def _read_message(body: bytes) -> _Message:
         body.decode()  # msgspec does not check the strings in a Raw
         return _decode_message(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        problem = str(error)
+        problem = decode_problem(error)
     message = (
         "The message is not a request. It must be a JSON object with the members path (a string) "
         f"and body (an object): {problem}"

@@ -19,6 +19,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
+from kubeai._rate_limit import RateLimit
 from kubeai.brokers.base import (
     REQUEST_MESSAGE_ID,
     Broker,
@@ -27,7 +28,7 @@ from kubeai.brokers.base import (
     Subscription,
 )
 from kubeai.kube.backoff import Backoff
-from kubeai.logs import RateLimit, get_logger
+from kubeai.logs import get_logger
 from kubeai.messenger.counts import Counts, SideState, outcome_of
 from kubeai.messenger.in_hand import InHand, Phase, Send, Shared, Turns
 from kubeai.messenger.message import NULL, Answer, refusal, write_response

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from itertools import count, islice, takewhile
 from typing import Generic, Protocol, TypeVar
@@ -109,9 +109,10 @@ class _Flow(Generic[E]):
 class _Level(Generic[E]):
     """The requests of one priority."""
 
-    __slots__ = ("flows", "heap", "order")
+    __slots__ = ("adapters", "flows", "heap", "order")
 
     def __init__(self) -> None:
+        self.adapters: Counter[str | None] = Counter()  # of the requests
         self.flows: dict[str, _Flow[E]] = {}
         # (start, number, flow); outdated if the flow has another start, or is not in ``flows``.
         self.heap: list[tuple[int, int, _Flow[E]]] = []
@@ -166,6 +167,7 @@ class FairQueue(Generic[E]):
         entry.number = entry.number or _next_number()
         _insert(flow.queues.setdefault(entry.adapter, OrderedDict()), entry)
         _insert(level.order, entry)
+        level.adapters[entry.adapter] += 1
 
     def remove(self, entry: E) -> None:
         """Remove a request that is not served; its tenant is not charged."""
@@ -173,6 +175,9 @@ class FairQueue(Generic[E]):
         if level is None or entry not in level.order:
             return
         del level.order[entry]
+        level.adapters[entry.adapter] -= 1
+        if not level.adapters[entry.adapter]:
+            del level.adapters[entry.adapter]
         flow = level.flows[entry.tenant]
         queue = flow.queues[entry.adapter]
         del queue[entry]
@@ -196,6 +201,8 @@ class FairQueue(Generic[E]):
         return None
 
     def _head_of(self, level: _Level[E], blocked: Collection[str | None]) -> tuple[E, int] | None:
+        if all(adapter in blocked for adapter in level.adapters):
+            return None
         skipped = []
         found = None
         while level.heap and found is None:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from kubeai._counts import Admission, Reservation, admit
 from kubeai._load import LoadTable
-from kubeai._pick import Picker
+from kubeai._pick import Picker, RoutedFields
 from kubeai._prefix import PrefixIndex
 from kubeai._prompt import Prompt
 from kubeai._queue_table import QueueTable
@@ -201,7 +201,7 @@ class RoutingTable:
             self.canaried.discard(model)
 
 
-class RoutedModel:
+class RoutedModel(RoutedFields):
     """One model's route, ring and waiting requests."""
 
     def __init__(
@@ -213,6 +213,7 @@ class RoutedModel:
         clock: Callable[[], float] | None = None,
         index: PrefixIndex | None = None,
     ) -> None:
+        self.model = route.model
         self.route = replace(route, endpoints=())
         self.ring = Ring(
             table,

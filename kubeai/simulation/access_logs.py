@@ -19,6 +19,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from kubeai._prompt import BLOCKS_MAX
+from kubeai.errors import decode_problem
 from kubeai.openai.request import split_model
 from kubeai.openai.routes import Kind, route_table
 from kubeai.simulation.json_lines import read_lines
@@ -180,7 +181,8 @@ def _decode(where: str, data: bytes) -> dict[str, msgspec.Raw]:
         return _fields.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TrafficError(
-            f"{where}: is neither of an access log of KubeAI nor of a trace: {error}"
+            f"{where}: is neither of an access log of KubeAI nor of a trace: "
+            f"{decode_problem(error)}"
         ) from None
 
 
@@ -216,7 +218,7 @@ class _Reader:
             if _is_message(_decode(where, data)):
                 self._skipped[_OTHER_LOG] += 1
                 return
-            raise TrafficError(f"{where}: {error}") from None
+            raise TrafficError(f"{where}: {decode_problem(error)}") from None
         self._dropped += line.dropped
         if reason := self._unfit(line):
             self._skipped[reason] += 1

@@ -188,6 +188,7 @@ class Cluster:
         self._schedule_request(now_s)
 
     def _send(self, subject: tuple[Session, Measurement], now_s: float) -> None:
+        """Send the next request of a session: the router picks an engine, which begins with it."""
         session, measurement = subject
         asked, output, hashes = session.next_request()
         prompt = asked.prompt.tokens
@@ -197,10 +198,8 @@ class Cluster:
         try:
             self._engines[number].submit(now_s, prompt, output, hashes, request)
         except ValueError:
-            measurement.error, measurement.ended_s = (
-                "status 400",
-                now_s,
-            )  # exceeds the engine's KV cache
+            measurement.error = "status 400"  # the request exceeds the engine's KV cache
+            measurement.ended_s = now_s
             self._end_turn(request, now_s)
             return
         if not self._stepping[number]:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from kubeai.errors import decode_problem
 from kubeai.simulation import text
 from kubeai.simulation.json_lines import read_lines
 from kubeai.simulation.traffic import Conversation, Message, TrafficError, Turn
@@ -133,7 +134,7 @@ class _Reader:
         try:
             line = _decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise TrafficError(f"{where}: {error}") from None
+            raise TrafficError(f"{where}: {decode_problem(error)}") from None
         kind = _format(where, line)
         self._first = self._first or (number, kind)
         if self._first[1] != kind:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from kubeai.errors import KubeAIError
+from kubeai.errors import KubeAIError, decode_problem
 from kubeai.simulation import text
 
 Role = Literal["system", "user", "assistant"]
@@ -280,7 +280,7 @@ def _parsed(path: Path) -> Any:
     except OSError as error:
         raise TrafficError(f"{path}: {error.strerror}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise TrafficError(f"{path}: is not JSON: {error}") from None
+        raise TrafficError(f"{path}: is not JSON: {decode_problem(error)}") from None
 
 
 # -- arrivals --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import typer
 
+from kubeai.errors import KubeAIError
 from kubeai.loadtest import arguments, commands, options, saturation
 from kubeai.loadtest.arguments import OptionError
 from kubeai.loadtest.messages import Batch, Go, Stop, frame
@@ -358,6 +359,10 @@ def test_results_do_not_go_to_a_folder_or_where_nothing_can_be_written(tmp_path)
 
 def test_a_key_is_sent_as_a_bearer_token_unless_a_header_is_given():
     assert options.headers([], "k") == (("Authorization", "Bearer k"),)
+    assert options.headers([], " k\r\n") == (("Authorization", "Bearer k"),)
+    assert options.headers([], "\n") == ()
+    with pytest.raises(KubeAIError, match=r"the API key has .* KUBEAI_API_KEY"):
+        options.headers([], "k\r\nX-Other: y")
     assert options.headers(["authorization: Basic x"], "k") == (("authorization", "Basic x"),)
     for line in ("x", ": y", "a: b\r\nc: d"):
         with pytest.raises(OptionError, match="--header"):

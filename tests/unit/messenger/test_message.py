@@ -92,6 +92,11 @@ def test_a_message_that_is_no_json_object_gets_an_answer_that_says_so(body):
     assert "must be a JSON object" in answer["body"]["error"]["message"]
 
 
+def test_deep_nesting_is_reported_as_such():
+    answer = refused(b'{"x":' + b"[" * 2_000_000)  # more than the stack holds
+    assert answer["body"]["error"]["message"].endswith(": nested too deeply")
+
+
 @pytest.mark.parametrize(
     "rest",
     [

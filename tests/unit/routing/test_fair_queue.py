@@ -233,3 +233,25 @@ def test_every_request_is_served_once_and_the_queue_agrees_with_a_plain_one(step
         assert len(queue) == len(waiting)
         assert set(queue) == set(waiting)
         assert (queue.refusable(3, "") is None) == (not waiting)
+
+
+def test_tenants_whose_adapters_are_all_blocked_are_not_looked_at():
+    class Counting(LocalAccounts):
+        count = 0
+
+        def start(self, tenant, floor):
+            self.count += 1
+            return super().start(tenant, floor)
+
+    accounts = Counting()
+    queue = FairQueue(accounts)
+    asks = [Ask(f"t{number}", adapter="fin") for number in range(100)]
+    for ask in asks:
+        queue.push(ask)
+    looked_at = accounts.count
+    assert queue.head({"fin"}) is None
+    assert accounts.count == looked_at
+    other = Ask("t5", adapter="law")
+    queue.push(other)
+    assert serve(queue, {"fin"}) is other
+    assert len(drained(queue)) == 100

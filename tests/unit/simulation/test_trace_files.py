@@ -304,7 +304,7 @@ def test_a_line_that_cannot_be_used_is_refused_with_its_field(tmp_path, line, wo
         (b'{"timestamp": 1, "input_length": 4}\nx', "line 2: JSON is malformed"),
         (b"[]", "line 1: Expected `object`, got `array`"),
         (b'{"timestamp": 1, "messages": [{"role": "\xff"}]}', "line 1: 'utf-8' codec"),
-        (b'{"messages": [{"a": ' + b"[" * 100_000, "line 1: maximum recursion depth"),
+        (b'{"messages": [{"a": ' + b"[" * 100_000, "line 1: nested too deeply"),
         (b"version https://git-lfs.github.com/spec/v1\n", "line 1: is a Git LFS pointer"),
     ],
 )

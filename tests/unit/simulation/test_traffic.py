@@ -115,7 +115,7 @@ def test_sharegpt_gives_turns_with_the_replies_in_the_file(tmp_path):
     [
         (None, "No such file"),
         ("{", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
+        ("[" * 100_000, "is not JSON: nested too deeply"),
         ("{}", "is not a list"),
         ("[]", "has no conversation"),
         ('[{"conversations": [{"from": "human"}]}]', "entry 0 is not"),
