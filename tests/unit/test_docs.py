@@ -172,3 +172,17 @@ def test_every_route_to_an_engine_has_a_row_of_the_engines_that_serve_it():
     named = Counter(row[1] for row in table("Routes")[1])
     assert [name for name, count in named.items() if count > 1] == []
     assert {f"`{kind.value}`" for kind in Kind if kind.value not in OWN_ROUTES} <= set(named)
+
+
+@pytest.mark.parametrize(
+    ("figure", "bar"),
+    [
+        ("CPU for a chat request", "CPU per chat request of 800 bytes, 32 connections"),
+        ("Memory for each open stream", "memory per stream with 9,500 open"),
+    ],
+)
+def test_figures_of_the_home_page_are_those_of_the_performance_page(figure, bar):
+    home = (REPOSITORY / "docs/index.md").read_text()
+    measured = {row[0]: row[2] for row in rows(sections("explain/performance.md")["The bars"])}
+    (shown,) = [row[1] for row in rows(home) if row[0].startswith(figure)]
+    assert shown == measured[bar]

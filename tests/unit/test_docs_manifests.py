@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 import jsonschema_rs
-import pytest
 import yaml
 from doc_pages import DOCS, language_and_title, markdown_tokens, page_names
 from repository import REPOSITORY
@@ -28,6 +27,7 @@ from kubeai.local.apiserver.schema.structural import Schema
 from kubeai.podspec import build_pod
 
 CHARTS = REPOSITORY / "charts"
+VALUES = "kubeai", "models"  # the charts
 YAML = {"yaml", "yml"}
 MODEL = Schema(model_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
 # What a block that shows only a part of a spec is completed with.
@@ -89,10 +89,10 @@ def kind_of(block: Block) -> str:
     return ""
 
 
-BLOCKS = list(blocks())
-MODELS = [block for block in BLOCKS if kind_of(block) in ("model", "spec")]
-VALUES = [block for block in BLOCKS if kind_of(block) in ("kubeai", "models")]
-CONFIGS = [block for block in BLOCKS if kind_of(block) == "config"]
+@cache
+def blocks_of(*kinds: str) -> list[Block]:
+    """The blocks of some kinds. They are read when the first test runs, by one process."""
+    return [block for block in blocks() if kind_of(block) in kinds]
 
 
 @cache
@@ -103,35 +103,39 @@ def config_of(page: str) -> SystemConfig:
     """
     merged: dict[str, Any] = {}
     files = [defaults("values.yaml"), defaults("values-eks.yaml"), defaults("values-gke.yaml")]
-    shown = [block.value for block in VALUES + CONFIGS if block.page == page]
+    shown = [block.value for block in blocks_of(*VALUES, "config") if block.page == page]
     for values in files + shown:
         merged = merge(merged, {key: values[key] for key in PROFILES if values.get(key)})
     return from_url.with_gpu_profile(parse_config(yaml.safe_dump(merged)))
 
 
-def test_the_pages_have_blocks_of_each_kind():
-    assert len(MODELS) > 20
-    assert VALUES
+def test_every_model_of_a_page_is_accepted_and_gives_a_pod(subtests):
+    models = blocks_of("model", "spec")
+    assert len(models) > 20
+    for block in models:
+        with subtests.test(str(block)):
+            manifest = copy.deepcopy(block.value)
+            if kind_of(block) == "spec":
+                metadata = {"apiVersion": API_VERSION, "kind": "Model", "metadata": {"name": "m"}}
+                manifest = metadata | {"spec": BASE | manifest["spec"]}
+            assert MODEL.prune(manifest) == [], "unknown fields"
+            MODEL.default(manifest)
+            assert [str(cause) for cause in MODEL.validate(manifest)] == []
+            assert build_pod(decode_model(manifest), config_of(block.page))
 
 
-@pytest.mark.parametrize("block", MODELS, ids=str)
-def test_every_model_of_a_page_is_accepted_and_gives_a_pod(block):
-    manifest = copy.deepcopy(block.value)
-    if kind_of(block) == "spec":
-        metadata = {"apiVersion": API_VERSION, "kind": "Model", "metadata": {"name": "m"}}
-        manifest = metadata | {"spec": BASE | manifest["spec"]}
-    assert MODEL.prune(manifest) == [], "unknown fields"
-    MODEL.default(manifest)
-    assert [str(cause) for cause in MODEL.validate(manifest)] == []
-    assert build_pod(decode_model(manifest), config_of(block.page))
+def test_all_helm_values_of_a_page_pass_the_charts_schema(subtests):
+    values = blocks_of(*VALUES)
+    assert len(values) > 20
+    for block in values:
+        with subtests.test(str(block)):
+            errors = jsonschema_rs.validator_for(schema(kind_of(block))).iter_errors(block.value)
+            assert [f"{error.instance_path}: {error.message}" for error in errors] == []
 
 
-@pytest.mark.parametrize("block", VALUES, ids=str)
-def test_all_helm_values_of_a_page_pass_the_charts_schema(block):
-    errors = jsonschema_rs.validator_for(schema(kind_of(block))).iter_errors(block.value)
-    assert [f"{error.instance_path}: {error.message}" for error in errors] == []
-
-
-@pytest.mark.parametrize("block", CONFIGS, ids=str)
-def test_every_system_config_of_a_page_loads(block):
-    assert parse_config(yaml.safe_dump(block.value))
+def test_every_system_config_of_a_page_loads(subtests):
+    configs = blocks_of("config")
+    assert configs
+    for block in configs:
+        with subtests.test(str(block)):
+            assert parse_config(yaml.safe_dump(block.value))
