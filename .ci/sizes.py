@@ -3,8 +3,7 @@
     python .ci/sizes.py
 
 Reads all tracked files of Python and Cython. A function counts from ``def`` to its last line, with
-its docstring. `.ci/sizes.txt` lists what was longer before the limits were checked, with its lines:
-an entry may only become smaller, and goes once its function or file is within the limit.
+its docstring.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from words import tracked
 
 FUNCTION_LINES_MAX = 60
 FILE_LINES_MAX = {".py": 499, ".pyx": 599, ".pxd": 599}
-LISTED = Path(__file__).with_name("sizes.txt")
 
 
 def functions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, int]]:
@@ -32,47 +30,21 @@ def functions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, int]]:
         yield from functions(node, name)
 
 
-def too_long(paths: list[Path]) -> dict[str, int]:
-    """The lines of what is over a limit, by ``path`` or ``path::function``."""
-    found: dict[str, int] = {}
-    for path in paths:
-        text = path.read_text()
-        lines = text.count("\n")
-        if lines > FILE_LINES_MAX[path.suffix]:
-            found[str(path)] = lines
-        if path.suffix != ".py":
-            continue
+def problems(path: Path) -> Iterator[str]:
+    """What is over a limit in a file."""
+    text = path.read_text()
+    most = FILE_LINES_MAX[path.suffix]
+    if (lines := text.count("\n")) > most:
+        yield f"{path}: {lines} lines, more than {most}: split it by what it does"
+    if path.suffix == ".py":
         for name, lines in functions(ast.parse(text)):
             if lines > FUNCTION_LINES_MAX:
-                key = f"{path}::{name}"  # overloads and branches may define a name twice
-                found[key] = max(lines, found.get(key, 0))
-    return found
-
-
-def allowed() -> dict[str, int]:
-    lines = [line.split() for line in LISTED.read_text().splitlines()]
-    return {words[0]: int(words[1]) for words in lines if words and not words[0].startswith("#")}
-
-
-def problems(found: dict[str, int], listed: dict[str, int]) -> list[str]:
-    texts = []
-    for what, lines in found.items():
-        path, function = Path(what.partition("::")[0]), "::" in what
-        most = listed.get(what, FUNCTION_LINES_MAX if function else FILE_LINES_MAX[path.suffix])
-        if lines > most:
-            texts.append(f"{what}: {lines} lines, more than {most}: split it by what it does")
-        elif lines < most:
-            texts.append(f"{what}: {lines} lines: lower its {most} in {LISTED.name}")
-    texts += [
-        f"{what}: within the limit or gone: delete it from {LISTED.name}"
-        for what in listed.keys() - found.keys()
-    ]
-    return sorted(texts)
+                yield f"{path}::{name}: {lines} lines, more than {FUNCTION_LINES_MAX}"
 
 
 def main() -> int:
     paths = [path for path in tracked() if path.suffix in FILE_LINES_MAX and path.exists()]
-    texts = problems(too_long(paths), allowed())
+    texts = [text for path in paths for text in problems(path)]
     print(*texts, sep="\n", end="\n" if texts else "")
     return min(len(texts), 1)
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from fakes import forked
 from servers import KUBELET_CLIENT
 
 PYTHON = [sys.executable, "-S", "-E", "-u", "-c"]
@@ -102,12 +103,12 @@ class Kubelet:
         if server.client_ca_file:
             self.command += ["--client-ca-file", server.client_ca_file]
             self.command += ["--client-name", KUBELET_CLIENT]
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | forked.Forked | None = None
 
     def start(self, *prefix: str) -> None:
         read, write = os.pipe()
         command = [*prefix, *self.command, "--ready-fd", str(write)]
-        self.process = subprocess.Popen(command, pass_fds=(write,))
+        self.process = forked.popen(command, pass_fds=(write,))
         os.close(write)
         with os.fdopen(read) as pipe:
             assert select.select([pipe], [], [], READY_S)[0], "the kubelet is not ready"

@@ -31,6 +31,7 @@ import orjson
 import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from fakes import forked
 from fakes.authority import Authority
 
 from kubeai.local.apiserver import credentials
@@ -47,15 +48,14 @@ class Program:
     def __init__(self, command: Sequence[str], log: Path | None = None) -> None:
         self._command = command
         self._log = log
-        self._process: subprocess.Popen[bytes]
+        self._process: subprocess.Popen[bytes] | forked.Forked
 
     def start(self, *options: str, pass_fds: tuple[int, ...] = ()) -> None:
         """``options``: of this start only."""
         with contextlib.ExitStack() as stack:
-            output = self._log and stack.enter_context(self._log.open("ab"))
-            self._process = subprocess.Popen(
-                [*self._command, *options], stdout=output, stderr=output, pass_fds=pass_fds
-            )
+            log = self._log and stack.enter_context(self._log.open("ab"))
+            output = None if log is None else log.fileno()
+            self._process = forked.popen([*self._command, *options], pass_fds, output)
 
     def freeze(self) -> None:
         """Accept connections without answering."""

@@ -207,7 +207,7 @@ def test_the_console_is_off_by_default_and_gets_only_the_rights_that_it_uses(hel
     for right, (function, call) in CONSOLE_NEEDS.items():
         source = re.sub(r"\s", "", inspect.getsource(function))
         assert call in source, right
-    documented = (CHARTS.parent / "docs/how-to/console.md").read_text()
+    documented = (CHARTS.parent / "docs/explain/console.md").read_text()
     for resource in ("models", "models/scale", "pods/log"):
         assert f"| `{resource}`" in documented
 

@@ -288,16 +288,17 @@ async def test_write_lost_in_a_partition_is_not_delivered_after_it_heals(fleet, 
             pytest.skip(f"no network namespaces: {getattr(error, 'stderr', '') or error}")
         cut_off = await fleet.join("cut-off", network.listener(), network.within)
         await fleet.leader()
-        await world.create(autoscalingDisabled=True, replicas=3)
-        await world.replicas_are(3, 3)  # there are connections, then, for as many
-        await scale(world, "m", 0)
-        await world.replicas_are(0, 0)
+        await world.create(autoscalingDisabled=True, replicas=0)
 
         def sends():
             """Three pods at once. A renewal has fewer bytes, and an Event comes alone."""
             return sum(size > 1500 for size in network.unacknowledged_bytes()) >= 3
 
         for _ in range(PARTITIONS_MAX):
+            await scale(world, "m", 3)
+            await world.replicas_are(3, 3)  # there are connections, then, for as many
+            await scale(world, "m", 0)
+            await world.pods_once(0)  # one that drains would be used again instead of a new one
             await until(world.is_up_to_date, "nothing is left to be written")
             before, led = len(cut_off.writes()), cut_off.times("leading")
             network.cut()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from model_fields import gateway, listed, refusal, told
 from operators import until
-from test_fields import gateway, listed, refusal, told
 
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import MODELS

@@ -6,17 +6,18 @@ import os
 import re
 import secrets
 import signal
-import sys
 import urllib.parse
 
 import aiohttp
 import pytest
+from fakes import forked
 from harness import chat, model, until
 from machines import serving
 from operators import as_operator, is_ready
 
 from kubeai.kube.client import Kube
 from kubeai.kube.resources import CONFIGMAPS, LEASES, MODELS, PODS
+from kubeai.processes import Command
 
 STREAMS = 50
 TOKENS = 40  # 2 s at the model's rate
@@ -27,19 +28,18 @@ ARGS = ("--startup-delay=1s", "--decode-tokens-per-second=20", "--max-batch=64")
 async def node(tmp_path, kubeconfig):
     """A node whose pods are processes of this machine."""
     reader, writer = os.pipe()
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "kubeai.local.kubelet", "--kubeconfig", kubeconfig),
-        *("--data-dir", str(tmp_path / "node"), "--node-name", f"node-{secrets.token_hex(4)}"),
-        *("--ready-fd", str(writer)),
-        pass_fds=(writer,),
+    arguments = (
+        *("--kubeconfig", kubeconfig, "--data-dir", str(tmp_path / "node")),
+        *("--node-name", f"node-{secrets.token_hex(4)}", "--ready-fd", str(writer)),
     )
+    process = await forked.spawn(Command("kubeai.local.kubelet", arguments, pass_fds=(writer,)))
     os.close(writer)
     try:
         with os.fdopen(reader) as pipe:
             assert "ready" in await asyncio.to_thread(pipe.readline)
         yield
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         await process.wait()
 
 

@@ -99,11 +99,14 @@ async def test_a_wrong_manifest(tmp_path, manifest, named):
             *("modelAutoscaling: {interval: 1 parsec}", "modelAutoscaling.interval"),
             marks=pytest.mark.slow,
         ),
-        ("metricsAddr: [", "config.yaml"),
+        pytest.param("metricsAddr: [", "config.yaml", marks=pytest.mark.slow),
         pytest.param(
             *("gateway: {bodyMaxBytes: -1}", "gateway.bodyMaxBytes"), marks=pytest.mark.slow
         ),
-        ("messaging: {streams: [{requestsURL: a, responsesURL: b}]}", "messaging.streams"),
+        pytest.param(
+            *("messaging: {streams: [{requestsURL: a, responsesURL: b}]}", "messaging.streams"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 async def test_a_wrong_config(tmp_path, config, named):
@@ -199,17 +202,29 @@ async def test_serve_without_a_cluster_or_with_a_wrong_config_says_so(tmp_path):
     assert "nope" in err
 
 
-async def test_a_profile_that_does_not_exist_is_reported_in_the_models_conditions(tmp_path):
-    wrong = model("wrong", minReplicas=1, resourceProfile="nvidia-gpu-l44:1")
-    right = model("right", minReplicas=1)
-    async with running(tmp_path, wrong, right) as local, local.kube() as kube:
+async def test_models_that_cannot_run_say_why_and_others_are_served(tmp_path):
+    missing = model("missing", engine="OLlama", minReplicas=1)
+    del missing["spec"]["image"]
+    models = (
+        model("wrong", minReplicas=1, resourceProfile="nvidia-gpu-l44:1"),
+        model("crashing", minReplicas=1, args=("--max-batch=frog",)),
+        missing,
+        model("right", minReplicas=1),
+    )
 
-        async def told():
-            found = await kube.get(MODELS, "wrong", kube.namespace)
+    async with (
+        running(tmp_path, *models, env={"PATH": "/nonexistent"}) as local,
+        local.kube() as kube,
+    ):
+
+        async def conditions(name, word):
+            found = await kube.get(MODELS, name, kube.namespace)
             conditions = found.get("status", {}).get("conditions", [])
-            return [c for c in conditions if "nvidia-gpu-l44" in c.get("message", "")]
+            return [c for c in conditions if word in f"{c['reason']} {c.get('message', '')}"]
 
-        (condition, *_) = await until("the condition names the profile", told)
+        (condition, *_) = await until(
+            "the condition names the profile", lambda: conditions("wrong", "nvidia-gpu-l44")
+        )
         assert condition["status"] == "False"
         assert "spec.resourceProfile" in condition["message"]
         await until(
@@ -217,43 +232,32 @@ async def test_a_profile_that_does_not_exist_is_reported_in_the_models_condition
             lambda: local.said("model cannot run", model="wrong", reason="InvalidProfile"),
         )
         assert await pods(kube, "wrong") == []
-        async with aiohttp.ClientSession() as session:
-            assert (await chat(session, local.endpoint, "right", "hi")).whole
-        # The user repairs it; it can be deleted without that.
-        await kube.delete(MODELS, "wrong", kube.namespace)
 
-
-async def test_crashing_engine_is_reported_with_where_to_look(tmp_path):
-    async with running(tmp_path, model("bad", args=("--max-batch=frog",), minReplicas=1)) as local:
         await until(
-            "the terminal says how it ended",
+            "the terminal says how the engine ended",
             lambda: [
                 said
                 for said in local.said("pod crashes")
-                if said["message"].startswith("exits with 2; kubectl logs model-bad")
+                if said["message"].startswith("exits with 2; kubectl logs model-crashing")
             ],
         )
 
-
-async def test_missing_engine_is_reported_in_one_line(tmp_path):
-    real = model("real", engine="OLlama", minReplicas=1)
-    del real["spec"]["image"]
-    async with running(tmp_path, real, env={"PATH": "/nonexistent"}) as local:
         (machine,) = local.said("machine")
         assert "ollama.com" in machine["Ollama"]
         said = await until(
             "the pod has no Ollama", lambda: local.said("pod waits", reason="EngineNotInstalled")
         )
-        assert said[0]["pod"].startswith("model-real-")
+        assert said[0]["pod"].startswith("model-missing-")
         assert "ollama is not installed" in said[0]["message"]
-        async with local.kube() as kube:
+        found = await until(
+            "the Model says so too", lambda: conditions("missing", "EngineNotInstalled")
+        )
+        assert "ollama" in found[0]["message"]
 
-            async def told():
-                found = await kube.get(MODELS, "real", kube.namespace)
-                conditions = found.get("status", {}).get("conditions", [])
-                return [c for c in conditions if c["reason"] == "EngineNotInstalled"]
-
-            assert "ollama" in (await until("the Model says so too", told))[0]["message"]
+        async with aiohttp.ClientSession() as session:
+            assert (await chat(session, local.endpoint, "right", "hi")).whole
+        # The user repairs it; it can be deleted without that.
+        await kube.delete(MODELS, "wrong", kube.namespace)
 
 
 async def test_wrong_requests_get_openais_errors_and_others_go_on(tmp_path):

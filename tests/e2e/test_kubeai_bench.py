@@ -2,130 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import os
 import platform
 import re
-import signal
-import socket
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
-from typing import Any
 
-import aiohttp
 import pytest
+from benches import FAST, SLOW, SMALL, Bench, Engine, Ran, _command, engine
 from fakes.command_line import kubeai
-from fakes.mock_engine import serving
-from harness import until
-
-RUN_TIMEOUT_S = 40
-FAST = ("--prefill-tokens-per-second=0", "--decode-tokens-per-second=0")
-SLOW = ("--prefill-tokens-per-second=0", "--decode-tokens-per-second=50")
-SMALL = ("--turns", "2", "--prompt-tokens", "60", "--turn-tokens", "20", "--reply-tokens", "8")
-
-
-class Ran:
-    """What a `kubeai bench` ended with."""
-
-    def __init__(self, code: int, out: str, said: str) -> None:
-        self.code, self.out, self.said = code, out, said
-
-    def fails(self) -> str:
-        """The single line of error output."""
-        assert (self.code, self.out) == (2, "")
-        assert "Traceback" not in self.said
-        (line,) = self.said.splitlines()
-        assert line.startswith("error: ")
-        return line
-
-
-class Bench:
-    """`kubeai bench` in a folder of its own, where its results go."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.json = folder / "results.json"
-        self.env = {k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"}
-
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "kubeai", "bench", *arguments),
-            env=self.env,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-
-    async def ended(self, process: asyncio.subprocess.Process) -> Ran:
-        async with asyncio.timeout(RUN_TIMEOUT_S):
-            out, said = await process.communicate()
-        print(out.decode(), said.decode())
-        return Ran(process.returncode, out.decode(), said.decode())
-
-    async def run(self, url: str, *arguments: str) -> Ran:
-        process = await self.start("run", url, *arguments, "--json", str(self.json))
-        return await self.ended(process)
-
-    def found(self) -> dict[str, Any]:
-        (found,) = json.loads(self.json.read_bytes())["runs"]
-        return found
-
-
-class Engine:
-    """A mock engine, its process if it has one, and its requests so far."""
-
-    def __init__(
-        self,
-        address: str,
-        process: asyncio.subprocess.Process | subprocess.Popen[str] | None = None,
-    ) -> None:
-        self.process, self.address, self.url = process, address, f"http://{address}/v1"
-
-    async def received(self) -> dict[str, Any]:
-        async with (
-            aiohttp.ClientSession() as session,
-            session.get(f"http://{self.address}/mock/requests") as response,
-        ):
-            return await response.json()
-
-    async def has_received(self, count: int) -> None:
-        async def enough() -> bool:
-            return (await self.received())["total"] >= count
-
-        await until(f"{count} requests have come", enough)
-
-
-def _command(*flags: str) -> list[str]:
-    command = [sys.executable, "-m", "kubeai", "mock-engine"]
-    return [*command, "--host", "127.0.0.1", "--port", "0", "--model", "m", *flags]
-
-
-@contextlib.asynccontextmanager
-async def engine(*flags: str) -> AsyncIterator[Engine]:
-    """An engine in this process, which starts at once."""
-    async with serving(*flags) as served:
-        yield Engine(served.url.removeprefix("http://"))
-
-
-@contextlib.asynccontextmanager
-async def engine_process(*flags: str) -> AsyncIterator[Engine]:
-    """An engine that can be killed, or whose clients are."""
-    process = await asyncio.create_subprocess_exec(
-        *_command(*flags), stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        async with asyncio.timeout(RUN_TIMEOUT_S):
-            while "mock engine listens" not in (line := (await process.stderr.readline()).decode()):
-                assert line, "it ended"
-        yield Engine(json.loads(line)["address"], process)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +30,6 @@ def shared_engine() -> Iterator[Engine]:
 @pytest.fixture
 def bench(tmp_path) -> Bench:
     return Bench(tmp_path)
-
-
-# -- loads -----------------------------------------------------------------------------------------
 
 
 async def test_a_closed_loop_of_conversations_is_measured(bench):
@@ -373,9 +256,6 @@ async def test_non_streaming_answers_can_be_requested(bench, shared_engine):
     assert summary["output_tokens"] > 16
 
 
-# -- what goes wrong -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("option", "content", "said"),
     [
@@ -396,110 +276,6 @@ def test_invalid_file_is_reported_in_one_line(bench, shared_engine, option, cont
     assert not bench.json.exists()
 
 
-def test_unreachable_endpoint_is_reported_in_one_line():
-    with socket.socket() as bound:  # and does not listen
-        bound.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
-        line = Ran(*kubeai("bench", "run", url, "--model", "m")).fails()
-    assert line == f"error: {url}: Connection refused"
-
-
-async def test_unknown_model_is_reported_in_one_line(bench):
-    async with engine(*FAST, "--served-model-name", "a", "b") as one:
-        line = (await bench.run(one.url, "--model", "x")).fails()
-        assert line == f"error: {one.url}: has no model 'x', but a, b"
-        line = (await bench.run(one.url)).fails()
-        assert line == f"error: {one.url}: has several models: set --model to one of a, b"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--rate", "5", "--concurrency", "3"], "--rate: cannot be combined with --concurrency"),
-        (["--arrivals", "ramp"], "--arrivals: requires --request-rate or --rate"),
-        (["--rate", "5", "--arrivals", "ramp"], "--until-rate: a ramp requires"),
-        (["--shape", "round"], "--shape: 'round' is not one of chat,"),
-        (["--duration", "5"], "--duration: '5' has no unit"),
-        (["--header", "x"], "--header: 'x' is not 'Name: value'"),
-        (["--body", "[1]"], "--body: '[1]' is not a JSON object"),
-        (["--trace", "t", "--turns", "3"], "--turns: cannot be combined with --trace"),
-        (["--html", "/proc/x/y"], "--html: /proc/x: "),
-        (["--slo-ttft", "1s"], "--slo-ttft: is called --goodput ttft:<duration> now"),
-        (["--concurrency", "1,2"], "--concurrency: a list is only for simulate"),
-        (["--duration", "5s", "--request-rate", "inf"], "--duration: requires a finite"),
-    ],
-)
-def test_an_invalid_option_is_reported_in_one_line(arguments, said):
-    ran = Ran(*kubeai("bench", "run", "http://127.0.0.1:9/v1", *arguments))
-    assert said in ran.fails()
-
-
-async def test_ctrl_c_keeps_what_was_measured(bench):
-    async with engine_process(*SLOW) as one:
-        process = await bench.start(
-            *("run", one.url, "--duration", "60s", "--concurrency", "6", *SMALL),
-            *("--json", str(bench.json), "--processes", "2"),
-        )
-        await one.has_received(20)
-        workers = children(process.pid)
-        assert len(workers) == 2
-        process.send_signal(signal.SIGINT)
-        ran = await bench.ended(process)
-    assert ran.code == 130
-    assert "Traceback" not in ran.said
-    found = bench.found()
-    assert found["summary"]["requests"] >= 10
-    assert found["summary"]["failed"] == 0
-    assert found["warnings"][0].startswith("interrupted after ")
-    assert "interrupted after " in ran.out
-    assert not [pid for pid in workers if is_alive(pid)]
-
-
-@pytest.mark.slow
-async def test_killed_engine_counts_as_errors_and_other_results_are_kept(bench):
-    async with engine_process(*SLOW) as one:
-        process = await bench.start(
-            *("run", one.url, "--duration", "5s", "--concurrency", "4", *SMALL),
-            *("--json", str(bench.json)),
-        )
-        await one.has_received(12)
-        one.process.kill()
-        ran = await bench.ended(process)
-    assert ran.code == 0
-    found = bench.found()
-    assert found["summary"]["requests"] - found["summary"]["failed"] >= 4
-    assert found["errors"]["connection: Connection refused"] >= 4
-    assert found["errors"].keys() <= {
-        *("cut", "connection: lost", "connection: Connection refused"),
-        "connection: Connection reset by peer",
-    }
-
-
-async def test_killed_load_process_is_reported_and_other_results_are_kept(bench):
-    async with engine_process(*SLOW) as one:
-        process = await bench.start(
-            *("run", one.url, "--duration", "5s", "--concurrency", "4", *SMALL),
-            *("--json", str(bench.json), "--processes", "2"),
-        )
-        await one.has_received(12)
-        os.kill(children(process.pid)[1], signal.SIGKILL)
-        ran = await bench.ended(process)
-    assert ran.code == 1
-    assert re.search(r"^error: process [01] exited \(signal 9\)$", ran.said, re.M)
-    found = bench.found()
-    assert found["summary"]["requests"] > 8
-    assert any("exited (signal 9)" in warning for warning in found["warnings"])
-
-
-async def test_failures_are_counted_by_kind_with_the_first_message(bench):
-    async with engine(*FAST, "--fail-every", "5") as one:
-        ran = await bench.run(one.url, "--conversations", "20", "--turns", "1")
-    assert ran.code == 0
-    found = bench.found()
-    assert found["errors"] == {"status 500": 4}
-    assert re.search(r"^status 500: first message: \{.*error", ran.out, re.M)
-
-
 async def test_runs_are_compared(bench, shared_engine):
     for name in ("one", "two"):
         ran = await bench.run(shared_engine.url, "--conversations", "4", *SMALL, "--name", name)
@@ -513,11 +289,3 @@ async def test_runs_are_compared(bench, shared_engine):
     assert "<html" in page.read_text()
     line = Ran(*kubeai("bench", "compare", page)).fails()
     assert "is not a results file of kubeai bench" in line
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()

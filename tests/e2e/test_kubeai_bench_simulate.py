@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from fakes import command_line
 
 from kubeai.simulation.results import read
 
@@ -92,10 +93,10 @@ def test_a_trace_is_played_by_its_times_and_a_limit_on_requests_holds(tmp_path):
     ],
 )
 def test_a_wrong_option_is_one_line(options, words):
-    done = simulate(*options)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {words}")
-    assert done.stderr.count("\n") == 1
+    code, _, err = command_line.kubeai("bench", "simulate", *options)
+    assert code == 2
+    assert err.startswith(f"error: {words}")
+    assert err.count("\n") == 1
 
 
 def test_ctrl_c_keeps_the_runs_that_are_done(tmp_path):

@@ -17,6 +17,7 @@ from harness import chat, model, replicas, running, scrape, until
 
 from kubeai.api.config.system import MessageStream, Messaging
 from kubeai.brokers import urls
+from kubeai.processes import spawn_by_exec
 from kubeai.supervisor import message_streams
 
 SITE = str(Path(__file__).parents[1] / "fakes" / "broker_site")
@@ -204,7 +205,10 @@ async def test_a_messenger_that_hangs_is_replaced(monkeypatch):
         stream = MessageStream(
             requests_url=server.url("requests"), responses_url=server.url("responses")
         )
-        fleet = await Fleet.start([], workers=1, messaging=Messaging(streams=(stream,)))
+        # By exec: a fork would not read the environment's site customization.
+        fleet = await Fleet.start(
+            [], workers=1, messaging=Messaging(streams=(stream,)), spawn=spawn_by_exec
+        )
         try:
             hanging = await until("there is a messenger", lambda: fleet.messenger)
             os.kill(hanging, signal.SIGSTOP)

@@ -72,3 +72,8 @@ def error(message: Message) -> dict[str, Any]:
     """The error in a response, in the format of OpenAI's or Anthropic's API."""
     found: dict[str, Any] = json.loads(message.body)["error"]
     return found
+
+
+def sent(world: World) -> list[Message]:
+    """The requests that the engines of a World have received."""
+    return [request for engine in world.engines.values() for request in engine.requests]

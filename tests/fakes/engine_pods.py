@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import get_args
 
-from kubeai.api.config.system import SystemConfig
+import msgspec
+import pytest
+
+from kubeai.api.config.system import SystemConfig, parse_config
 from kubeai.api.model import Engine, decode_model
 from kubeai.podspec import build_pod
 
 ENGINES = get_args(Engine)
 CONFIG = SystemConfig()
 URLS = {"OLlama": "ollama://gemma2:2b"}
+each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 def model(engine="VLLM", annotations=None, **spec):
@@ -48,3 +52,12 @@ def server(built):
 
 def env(built):
     return {variable["name"]: variable.get("value") for variable in server(built)["env"]}
+
+
+def patched(*patches):
+    """A config whose patches apply to all pods."""
+    return parse_config(msgspec.json.encode({"modelServerPods": {"jsonPatches": patches}}).decode())
+
+
+def secret(name, key):
+    return {"secretKeyRef": {"name": name, "key": key, "optional": True}}

@@ -25,6 +25,7 @@ import msgspec
 from kubeai.api.api_key import ApiKey
 from kubeai.api.config.system import GatewayConfig, KeysConfig, Messaging, SystemConfig
 from kubeai.logs import setup_logging
+from kubeai.processes import Spawn, spawn_by_exec
 from kubeai.routing.routes import Route
 from kubeai.supervisor import supervisor
 
@@ -98,12 +99,17 @@ class Fleet:
         keys: list[ApiKey] | None = None,
         identity: str = "fleet",
         peers: tuple[str, ...] = (),
+        spawn: Spawn | None = None,
         **gateway: Any,
     ) -> Fleet:
         """``reads_cache_sizes``: whether engines are asked for ``/metrics``, as in a cluster.
 
-        ``keys``: those at the start; None: requests need no key.
+        ``keys``: those at the start; None: requests need no key. ``spawn``: None: a fork.
         """
+        if spawn is None:
+            from fakes import forked  # which is not on the path of bench/
+
+            spawn = forked.spawn
         if keys is not None:
             gateway["keys"] = KeysConfig(required=True)
         fleet = cls()
@@ -130,6 +136,7 @@ class Fleet:
                 port=0,
                 workers=workers,
                 started=ready.set,
+                spawn=spawn,
             )
         fleet.port = fleet.supervisor.port
         fleet._life = asyncio.create_task(fleet.supervisor.run())
@@ -216,6 +223,7 @@ async def _main(spec: dict) -> None:
         routes,
         workers=spec["workers"],
         reads_cache_sizes=spec.get("reads_cache_sizes", False),
+        spawn=spawn_by_exec,
         **gateway,
     )
     print(json.dumps({"port": fleet.port, "pids": [os.getpid(), *fleet.pids]}), flush=True)

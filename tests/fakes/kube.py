@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 
 import msgspec
 
@@ -15,7 +15,7 @@ from kubeai.kube.resources import EVENTS, JOBS, MODELS, PODS
 from kubeai.operator.controller import Controller
 from kubeai.operator.groups import SetObject
 from kubeai.operator.leader import NotLeader
-from kubeai.operator.pods import PodObject
+from kubeai.operator.pods import DRAINING_ANNOTATION, PodObject
 from kubeai.operator.scaling.scaler import Scaler
 from kubeai.operator.scaling.timeline import Timeline
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
@@ -432,3 +432,22 @@ class World:
         await asyncio.sleep(2 * EXPECTATION_TIMEOUT_S)
         assert len(self.kube.writes) == writes, self.kube.writes[writes:]
         assert self.replicas() == wanted
+
+
+def rates(writes):
+    """Return the highest number of writes to one object within any second."""
+    times = defaultdict(list)
+    for at_s, _, plural, name in writes:
+        times[plural, name].append(at_s)
+    return max(
+        sum(1 for other in several if at_s <= other < at_s + 0.999)
+        for several in times.values()
+        for at_s in several
+    )
+
+
+def draining(world):
+    """Return how many pods are annotated as draining."""
+    pods = [world.kube.objects["pods", name] for name in world.pods()]
+    annotations = [pod["metadata"].get("annotations", {}) for pod in pods]
+    return [DRAINING_ANNOTATION in has for has in annotations].count(True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 
-import pytest
-from fakes.kube import World, merge
+from fakes.kube import merge
 from fakes.time import FAKE_TIME
 
 from kubeai.api.config.system import parse_config
@@ -17,13 +16,6 @@ pytestmark = FAKE_TIME
 PROFILES = "resourceProfiles: {cpu: {requests: {cpu: 1}}}"
 INTERNAL = parse_config(PROFILES)
 EXTERNAL = parse_config(PROFILES + "\nproxy: {mode: external}")
-
-
-@pytest.fixture
-async def world():
-    world = World()
-    yield world
-    await world.stop()
 
 
 def services(world):

@@ -10,6 +10,7 @@ from kubeai.api.config.system import load_config
 from kubeai.api.model import Engine, Model, decode_model
 from kubeai.podspec import build_pod
 
+MOCK = sorted((REPOSITORY / "examples").glob("*.yaml"))
 REAL = sorted((REPOSITORY / "examples" / "real").glob("*.yaml"))
 
 
@@ -18,10 +19,15 @@ def models(path) -> list[Model]:
     return [decode_model(one) for one in documents if one["kind"] == "Model"]
 
 
-@pytest.mark.parametrize("path", REAL, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*MOCK, *REAL], ids=lambda path: path.name)
 def test_each_example_gives_a_pod_with_the_default_config(path):
-    for model in models(path):
-        assert build_pod(model, load_config(None))["spec"]["containers"]
+    found = models(path)
+    assert found
+    for model in found:
+        built = build_pod(model, load_config(None))
+        assert built["spec"]["containers"]
+        mock = built["metadata"]["annotations"].get("kubeai.org/mock-engine")
+        assert (mock == "true") == (path in MOCK)
 
 
 def test_there_is_an_example_for_each_engine():

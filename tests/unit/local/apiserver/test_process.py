@@ -19,8 +19,10 @@ from pathlib import Path
 import orjson
 import pytest
 import yaml
+from fakes import forked
 
 TIMEOUT_S = 20.0
+OUTPUT_MAX_BYTES = 1 << 20  # that are read
 
 
 class Api:
@@ -30,10 +32,11 @@ class Api:
         self.directory = directory
         read, write = os.pipe()
         command = [sys.executable, "-m", "kubeai.local.apiserver", "--data-dir", str(directory)]
-        self.process = subprocess.Popen(
+        self._output: int | None = os.memfd_create("output")
+        self.process = forked.Forked(
             [*command, "--ready-fd", str(write), *arguments],
             pass_fds=(write,),
-            stderr=subprocess.PIPE,
+            output=self._output,
         )
         os.close(write)
         with os.fdopen(read) as pipe:
@@ -56,10 +59,19 @@ class Api:
             return answer.status, [orjson.loads(line) for line in text.splitlines()]
         return answer.status, orjson.loads(text) if is_json else text.decode()
 
+    def said(self) -> str:
+        """What the process has printed by its end."""
+        self.process.wait(TIMEOUT_S)
+        assert self._output is not None, "it has not been closed"
+        return os.pread(self._output, OUTPUT_MAX_BYTES, 0).decode()
+
     def end(self, number: int = signal.SIGTERM) -> None:
         if self.process.poll() is None:
             self.process.send_signal(number)
-        self.process.communicate(timeout=TIMEOUT_S)
+        self.process.wait(TIMEOUT_S)
+        if self._output is not None:
+            os.close(self._output)
+            self._output = None
 
 
 CONFIGS = "/api/v1/namespaces/default/configmaps"
@@ -69,7 +81,7 @@ CONFIGS = "/api/v1/namespaces/default/configmaps"
 def running(directory: Path, *arguments: str) -> Iterator[Api]:
     api = Api(directory, *arguments)
     try:
-        assert api.port, api.process.communicate(timeout=TIMEOUT_S)[1].decode()
+        assert api.port, api.said()
         yield api
     finally:
         api.end(signal.SIGKILL)
@@ -291,7 +303,7 @@ def test_a_watch_ends_with_the_server(tmp_path: Path):
 def test_a_data_directory_is_used_by_one_server_only(tmp_path: Path):
     with running(tmp_path):
         second = Api(tmp_path)
-        said = second.process.communicate(timeout=TIMEOUT_S)[1].decode()
+        said = second.said()
         assert second.port == 0
         assert said.splitlines()[-1].startswith("the Kubernetes API cannot start: ")
         assert "Traceback" not in said
@@ -300,7 +312,7 @@ def test_a_data_directory_is_used_by_one_server_only(tmp_path: Path):
 def test_a_port_in_use_is_reported_in_one_line(tmp_path: Path):
     with running(tmp_path / "a") as first:
         second = Api(tmp_path / "b", "--port", str(first.port))
-        said = second.process.communicate(timeout=TIMEOUT_S)[1].decode()
+        said = second.said()
         assert second.port == 0
         assert str(first.port) in said
         assert "Traceback" not in said

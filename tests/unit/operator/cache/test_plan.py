@@ -7,7 +7,7 @@ import itertools
 
 import msgspec
 import pytest
-from fakes.kube import World, now_s
+from fakes.kube import now_s
 from fakes.time import FAKE_TIME
 
 from kubeai.api.config.system import parse_config
@@ -22,13 +22,6 @@ CONFIG = parse_config(
     "cacheProfiles: {fast: {sharedFilesystem: {storageClassName: nfs}}}"
 )
 CLAIM = "persistentvolumeclaims", "shared-model-cache-fast"
-
-
-@pytest.fixture
-async def world():
-    world = World()
-    yield world
-    await world.stop()
 
 
 def loaded(world, name="m"):
