@@ -39,16 +39,17 @@ run: build  ## run kubeai local with examples/; PORT=9000 ARGS="--workers 2"
 # Four processes on two cores, because many tests wait for child processes. By default, xdist begins
 # with the files with most tests, which are not those that take longest. Each process would compile all
 # tests where the environment sets PYTHONDONTWRITEBYTECODE, which takes 10 s or more of CPU.
+TEST_ENVIRONMENT := PYTHONDONTWRITEBYTECODE= SSL_CERT_FILE=$(CURDIR)/tests/ca.crt
 TESTS := tests --ignore tests/docs -n 4 --dist loadfile --no-loadscope-reorder -rfE \
 	-m "not broker and not browser and not clients and not docs and not image and not package and not nginx \
 		and not slow and not upstream"
 
 test: .venv/installed-test  ## run the tests that need only Python; .ci/run adds the slow ones
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest $(TESTS)
+	$(TEST_ENVIRONMENT) $(BIN)/pytest $(TESTS)
 
 coverage: .venv/installed-coverage  ## run the tests of `make test` and report the Python coverage
 	rm -rf build/coverage
-	$(BIN)/coverage run -m pytest $(TESTS)
+	$(TEST_ENVIRONMENT) $(BIN)/coverage run -m pytest $(TESTS)
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
@@ -143,8 +144,8 @@ asan: .venv/installed-test  ## run the compiled core's tests under AddressSaniti
 	tests/asan.sh
 
 soak: .venv/installed-test .venv/installed-api  ## run long fuzz and hammer tests, and mixed load for SOAK_SECONDS (600)
-	EXAMPLES_FACTOR=20 $(BIN)/pytest tests/unit/openai tests/unit/routing tests/unit/test_ring.py \
-		tests/unit/test_load.py tests/unit/operator/test_plan.py --timeout 600
+	EXAMPLES_FACTOR=20 $(BIN)/pytest tests/unit/openai tests/unit/routing tests/unit/ring \
+		tests/unit/load tests/unit/operator/plan --timeout 600
 	FUZZ_EXAMPLES=10000 $(BIN)/pytest tests/fuzz -m "not slow"
 	API_EXAMPLES=100 $(BIN)/pytest tests/fuzz -m slow
 	HAMMER_SEEDS=20 $(BIN)/pytest tests/hammer
