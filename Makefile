@@ -144,10 +144,10 @@ asan: .venv/installed-test  ## run the compiled core's tests under AddressSaniti
 	tests/asan.sh
 
 soak: .venv/installed-test .venv/installed-api  ## run long fuzz and hammer tests, and mixed load for SOAK_SECONDS (600)
-	EXAMPLES_FACTOR=20 $(BIN)/pytest tests/unit/openai tests/unit/routing tests/unit/ring \
-		tests/unit/load tests/unit/operator/plan --timeout 600
-	FUZZ_EXAMPLES=10000 $(BIN)/pytest tests/fuzz -m "not slow"
-	API_EXAMPLES=100 $(BIN)/pytest tests/fuzz -m slow
+	OTHER_EXAMPLES=1 EXAMPLES_FACTOR=20 $(BIN)/pytest --timeout 600 \
+		$$(grep -rl "from hypothesis" tests/unit --include="test_*.py")
+	OTHER_EXAMPLES=1 FUZZ_EXAMPLES=10000 $(BIN)/pytest tests/fuzz -m "not slow"
+	OTHER_EXAMPLES=1 API_EXAMPLES=100 $(BIN)/pytest tests/fuzz -m slow
 	HAMMER_SEEDS=20 $(BIN)/pytest tests/hammer
 	CRASH_STEP=1 $(BIN)/pytest tests/contract/test_crash.py
 	OUTAGE_S=30 $(BIN)/pytest tests/contract/test_replicas.py

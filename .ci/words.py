@@ -41,7 +41,8 @@ def tracked() -> list[Path]:
     listed = subprocess.run(
         ["git", "ls-files", "-z"], capture_output=True, check=True, text=True
     ).stdout
-    return [Path(name) for name in listed.split("\0") if name]
+    paths = [Path(name) for name in listed.split("\0") if name]
+    return [path for path in paths if path.exists()]  # one may be deleted and not yet committed
 
 
 def instead(found: str) -> str:

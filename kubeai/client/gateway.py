@@ -13,7 +13,7 @@ import aiohttp
 import msgspec
 
 from kubeai.errors import KubeAIError, quoted
-from kubeai.openai.credentials import bearer
+from kubeai.openai.credentials import authorization
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 600.0  # between two pieces of an answer; an engine may take long for a prompt
@@ -38,7 +38,7 @@ class Gateway:
             )
         self.origin = f"{parts.scheme}://{parts.netloc}"
         self._is_local = _is_loopback(parts.hostname)
-        self._headers = {"Authorization": bearer(api_key)} if api_key.strip() else {}
+        self._headers = authorization(api_key)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Gateway:

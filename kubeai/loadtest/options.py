@@ -28,7 +28,7 @@ from kubeai.loadtest.scenario import (
     TraceReplay,
     Traffic,
 )
-from kubeai.openai.credentials import bearer
+from kubeai.openai.credentials import authorization
 from kubeai.simulation.results import DEFAULT_METRICS, METRICS, Limit, Objective, Selection
 from kubeai.simulation.traffic import SHAPES, Arrivals, RandomLengths
 
@@ -65,8 +65,8 @@ def headers(lines: list[str], api_key: str | None) -> tuple[tuple[str, str], ...
         if not colon or not name.strip() or not line.isprintable():
             raise OptionError(f"--header: {line!r} is not 'Name: value'")
         found.append((name.strip(), value.strip()))
-    if api_key and api_key.strip() and "authorization" not in {name.lower() for name, _ in found}:
-        found.append(("Authorization", bearer(api_key)))
+    if api_key and "authorization" not in {name.lower() for name, _ in found}:
+        found.extend(authorization(api_key).items())
     return tuple(found)
 
 

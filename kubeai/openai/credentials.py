@@ -5,10 +5,10 @@ from __future__ import annotations
 from kubeai.errors import KubeAIError
 
 
-def bearer(api_key: str) -> str:
-    """The header Authorization for a key, without white space at its ends. May raise KubeAIError.
+def authorization(api_key: str) -> dict[str, str]:
+    """The header with a key, without white space at its ends; none for an empty key.
 
-    A key that was read from a file often ends with a newline.
+    A key that was read from a file often ends with a newline. May raise KubeAIError.
     """
     key = api_key.strip()
     if not (key.isascii() and key.isprintable()):
@@ -16,4 +16,4 @@ def bearer(api_key: str) -> str:
             "the API key has characters besides the printable ones of ASCII, which cannot be sent "
             "in a header; set --api-key, KUBEAI_API_KEY or OPENAI_API_KEY to the key alone"
         )
-    return f"Bearer {key}"
+    return {"Authorization": f"Bearer {key}"} if key else {}

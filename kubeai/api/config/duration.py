@@ -54,7 +54,7 @@ def _part_ns(text: str, match: re.Match[str]) -> int:
             f"{quoted(text)} has the unknown unit {quoted(unit)}; known: ns, us, ms, s, m, h"
         )
     if not whole and not fraction:
-        raise ValueError(f"{quoted(text)} has no number before {quoted(unit)}")
+        raise ValueError(f"{quoted(text)} has no number before {unit!r}")
     whole, fraction = whole.lstrip("0"), fraction[: 2 * _DIGITS_MAX]  # the rest is less than 1 ns
     if len(whole) > _DIGITS_MAX:
         raise ValueError(f"{quoted(text)} is too long")

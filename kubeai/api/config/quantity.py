@@ -64,13 +64,11 @@ class Quantity(NamedTuple):
 
 def parse_quantity(text: str | int | float) -> Quantity:
     """Parse a quantity, rounding up to a billionth. ValueError if it is invalid."""
-    match = _QUANTITY.fullmatch(str(text))
+    match, given = _QUANTITY.fullmatch(str(text)), quoted(str(text))
     if match is None:
-        raise ValueError(f"{quoted(str(text))} is not a quantity such as 500m, 2 or 1.5Gi")
+        raise ValueError(f"{given} is not a quantity such as 500m, 2 or 1.5Gi")
     if len(match["number"]) > _NUMBER_MAX_CHARS:
-        raise ValueError(
-            f"{quoted(str(text))} has a number of more than {_NUMBER_MAX_CHARS} characters"
-        )
+        raise ValueError(f"{given} has a number of more than {_NUMBER_MAX_CHARS} characters")
     suffix = match["suffix"] or ""
     if match["exponent"] is not None:
         scale, form = Fraction(10) ** int(match["exponent"]), Format.EXPONENT
@@ -80,13 +78,11 @@ def parse_quantity(text: str | int | float) -> Quantity:
         scale, form = Fraction(10) ** _DECIMAL[suffix], Format.DECIMAL
     else:
         known = ", ".join([*(s for s in _DECIMAL if s), *_BINARY])
-        raise ValueError(
-            f"{quoted(str(text))} has the unknown suffix {quoted(suffix)}; known: {known}"
-        )
+        raise ValueError(f"{given} has the unknown suffix {quoted(suffix)}; known: {known}")
     exact = Fraction(match["number"]) * scale * _NANO
     nanos = -(-abs(exact.numerator) // exact.denominator)  # away from zero, like Kubernetes
     if nanos > _MAX_NANOS:
-        raise ValueError(f"{quoted(str(text))} is more than Kubernetes can hold (2^63 - 1)")
+        raise ValueError(f"{given} is more than Kubernetes can hold (2^63 - 1)")
     return Quantity(-nanos if exact < 0 else nanos, form)
 
 
