@@ -6,11 +6,11 @@ other replicas of KubeAI have counted. What a key has used is the sum of its row
 no lock. Two workers that check a limit at the same instant do not see each other's request.
 
 A cell has the requests in flight, and the requests and tokens of the last minute in slots of
-``INTERVAL_S``. A slot is overwritten when its interval is a minute gone. The interval that is
-leaving the minute counts with the share of it that is still within, so that a client that sends
-evenly can use all of its limit. Six intervals, and so any 50 s, never have more than the limit. A
-minute that begins within an interval can have more: what was sent at the end of that interval may
-be sent again up to 10 s early.
+``INTERVAL_S``. A slot is reused once its interval is more than a minute old. The oldest interval is
+weighted by the fraction of it that is still within the last minute, so that a client with a steady
+rate can use its whole limit. Any six consecutive intervals, and therefore any 50 s, stay within the
+limit. A minute that begins within an interval can have more: what was sent at the end of that
+interval may be sent again up to 10 s early.
 
 Intervals are numbered on CLOCK_MONOTONIC, which all processes on a machine share; a jump of the
 wall clock changes nothing. When a worker is killed, its requests in flight are cleared; what it has

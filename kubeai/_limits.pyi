@@ -11,7 +11,7 @@ class Charge:
     """One request, counted for its key until it has ended; or refused, and not counted."""
 
     excess: Literal["requests", "tokens", "in flight", "too large"] | None  # None: it is counted
-    retry_after_s: float  # if refused: when the limit allows it; 0: it never does
+    retry_after_s: float  # until the limit allows the request, if refused; 0: never
     tokens: int  # reserved until the request ends
     requests_left: int  # of the minute, after this request
     tokens_left: int

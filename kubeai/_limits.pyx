@@ -2,10 +2,10 @@
 
 :func:`take` compares what a key has used, at all workers and replicas, with its limits, and counts
 the request if it is within them. The request then counts as in flight until it ends, and its tokens
-are reserved from an estimate. :meth:`Charge.end` replaces the estimate by what was used. Tokens
-that were reserved in vain are given back to the interval that they were reserved in, so that they
-do not count for later ones either; tokens beyond the estimate count in the interval in which they
-became known. A Charge ends once, however often ``end`` is called.
+are reserved from an estimate. :meth:`Charge.end` replaces the estimate by what was used. Reserved
+tokens that were not used are returned to the interval in which they were reserved; tokens beyond
+the estimate are charged to the interval in which they became known. A Charge ends once, however
+often ``end`` is called.
 
 Checking and counting are two steps. Of N workers that do both at the same instant, each sees the
 same use, so that a limit can be exceeded by N - 1 requests.
@@ -50,7 +50,8 @@ def live():
 cdef inline void add(uint64_t *slots, uint64_t interval, int64_t by) noexcept:
     """Add to what was counted in an interval; never below 0.
 
-    A later interval is begun. Nothing is taken from one that has been overwritten.
+    Starts the slot at 0 if it holds an older interval. A negative ``by`` for an interval that has
+    been overwritten has no effect.
     """
     cdef uint64_t *slot = &slots[interval % SLOTS]
     cdef uint64_t value = get_u64(slot)

@@ -174,9 +174,9 @@ cdef struct Settled:  # the local load that peers know of, in 2^-SETTLED_BITS
 cdef struct Speed:  # of an endpoint, or of a model's endpoints together; any worker writes
     double took_s  # recent times to the first byte
     double expected  # of a model, the tokens ahead of those bytes; of an endpoint, their time in s
-    double n  # how many of them there are, older ones counting less
+    double n  # weighted number of samples; older ones weigh less
     double slowness  # took_s / expected: a model's time per token; an endpoint's, relative to it
-    uint64_t samples  # of the model, as of the last one here
+    uint64_t samples  # the model's number of samples, as of the last one here
 
 
 cdef enum:  # what a worker counts of a model's tokens and picks; same order as PICK_NAMES

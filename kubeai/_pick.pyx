@@ -384,7 +384,10 @@ cdef class Picker:
         return slowness if errors_squared > NOISE_ERRORS * NOISE_ERRORS else 1.0
 
     cdef void learn_tokens(self, Prompt prompt, uint32_t reported) noexcept:
-        """Correct the estimate of tokens by how many an engine has reported for a prompt."""
+        """Update the estimate of tokens per byte (a moving average).
+
+        ``reported``: the tokens that an engine has reported for the prompt.
+        """
         cdef double per_byte
         if prompt.text_bytes < LEARNED_MIN_BYTES:
             return

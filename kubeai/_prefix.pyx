@@ -12,8 +12,8 @@ stalest in its bucket.
 
 An engine evicts the blocks that it has not used for longest. The stamp is the number of tokens that
 had been sent to the endpoint, in units of 1/``CACHE_UNITS`` of what its cache holds. Once as many
-tokens as that have been sent since an entry was written or used, the block counts as evicted. Stamps
-wrap after 16 times the size of the cache; an entry that is not overwritten until then may be believed
+tokens as that have been sent since an entry was written or used, the block counts as evicted.
+Stamps wrap after 16 cache sizes; an entry that has not been overwritten by then may count as cached
 again. An endpoint that loses its cache, because its engine restarts, gets a new epoch: entries of
 another epoch do not count.
 
@@ -21,8 +21,9 @@ Each worker also has a log of what it has sent, which the supervisor reports to 
 KubeAI; they note it in their own indexes.
 
 All of this is a belief about the engines. Two workers that write one bucket at the same instant may
-lose an entry, and different blocks may have equal parts of their hashes (one lookup of a block in two
-million is wrong for that). Either makes a pick worse, and none makes an answer wrong.
+lose an entry, and different blocks may have equal parts of their hashes (one lookup of a block in
+two million is wrong for that). Either can make a pick worse; neither affects the correctness of a
+response.
 """
 
 cimport cython
@@ -223,7 +224,7 @@ cdef class PrefixIndex(SharedMemory):
             while self.taken[column] < written:
                 entry = log.entries[self.taken[column] % LOG_ENTRIES]
                 self.taken[column] += 1
-                # Whether the worker has come round to it meanwhile.
+                # Discard the entry if the worker may have overwritten it during the read.
                 read_fence()
                 if acquire(&log.written) - self.taken[column] >= LOG_ENTRIES - 1:
                     skipped += 1

@@ -5,15 +5,20 @@ from kubeai._load import LoadTable
 @final
 class Readings:
     def __init__(self, table: LoadTable) -> None: ...
-    def changed(self) -> list[tuple[int, int, int, int]]: ...
+    def changed(self) -> list[tuple[int, int, int, int]]:
+        """The rows whose counts have changed, or that were reopened, since the last call.
+
+        A list of (row, in flight, active, ended): requests that are in flight; those that are in
+        flight or held; those that have ended since the row was opened. All of this KubeAI replica.
+        """
 
 PICK_NAMES: tuple[str, ...]
 
 def picks(table: LoadTable, row: int) -> dict[str, int]:
     """What has been counted of a model's tokens and picks, by ``PICK_NAMES``.
 
-    Of picks by PrefixHash and PrefixCache: tokens of all prompts, and of those the ones that the picked endpoints were believed to have
-    cached; picks of an endpoint that had the most of the prompt (cached), of another one because
-    that cost less (away), and for prompts of which none had anything (new). Of all responses: the tokens that
-    engines have reported (``reported_…``).
+    Of picks by PrefixHash and PrefixCache: tokens of all prompts, and of those the ones that the
+    picked endpoints were believed to have cached; picks of an endpoint that had the most of the
+    prompt (cached), of another one because that cost less (away), and for prompts of which none had
+    anything (new). Of all responses: the tokens that engines have reported (``reported_…``).
     """

@@ -57,10 +57,7 @@ cdef class Readings:
         free(self.last)
 
     def changed(self):
-        """Return the rows that have changed or were reopened since the last call.
-
-        A list of (row, in flight, active, ended).
-        """
+        """See the stub."""
         cdef LoadTable table = self.table
         table._check_row(0)
         cdef size_t row

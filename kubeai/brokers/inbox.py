@@ -1,7 +1,8 @@
-"""Messages that have arrived for a ``receive`` and that none has taken yet.
+"""Messages that the broker has delivered but no ``receive`` has returned yet.
 
-What a broker was asked for may arrive after the ``receive`` that has asked was cancelled. The next
-one gets it; if there is none within ``UNCLAIMED_S``, it is released, for the other replicas.
+Messages may arrive after the ``receive`` that requested them was cancelled. The next ``receive``
+returns them; if none follows within ``UNCLAIMED_S``, they are released to the other KubeAI
+replicas.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Inbox:
 
     @contextlib.contextmanager
     def receiving(self) -> Iterator[None]:
-        """Release nothing: somebody waits for messages."""
+        """Suspend the release timer while a ``receive`` waits."""
         self._is_receiving = True
         self._watch()
         try:

@@ -23,8 +23,9 @@ def top(
 ) -> None:
     """Show the Models of a gateway: state, replicas, requests, rates and times to first token.
 
-    Live on a terminal, otherwise once. Reads the gateway's console, which is served to this machine
-    only; on a cluster, enable it (gateway.ui.enabled) and use kubectl port-forward.
+    Updates continuously on a terminal, otherwise prints once. Reads the console's API. Without API
+    keys, it is served to loopback addresses only; on a cluster, set gateway.ui.enabled and use
+    kubectl port-forward. If keys are required, pass an admin's key (--api-key).
     """
     from kubeai.client.gateway import Gateway
     from kubeai.client.top import print_once, show_live

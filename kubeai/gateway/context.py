@@ -115,8 +115,8 @@ class Context(FastPathContext):
         """Count a request as held for a model; False if the limit is reached.
 
         The limit is ``hold_max_requests`` per model and worker. ``displaces`` ends the wait of
-        another request, if that is possible. Until the task of that request has ended too, one more
-        is counted. After True, call :meth:`unhold` exactly once.
+        another request, if that is possible. The displaced request is counted until its task ends,
+        so the count may exceed the limit by one. After True, call :meth:`unhold` exactly once.
         """
         held = self._held.get(model, 0)
         if held >= self.config.hold_max_requests and not displaces():

@@ -128,8 +128,8 @@ def _too_many(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
 class _Watcher:
     """The context's ``hold_watcher``, if any, for one request.
 
-    A request of a saturated model is not reported as held: it holds up its stream, which thereby
-    takes no more requests than it may have in progress.
+    A request of a saturated model is not reported as held: it occupies one of its message stream's
+    handlers, which limits the requests that the stream has in progress.
     """
 
     def __init__(
@@ -149,8 +149,8 @@ class _Watcher:
     async def permits(self, reservation: Reservation) -> bool:
         """Whether a request that was reported as held may use the Reservation.
 
-        If not, it has been released, because the wait for the permission may have been long, and
-        the request has permission for the next one.
+        False: the Reservation was released before waiting for the permission, which can take long.
+        The caller must pick again; the permission is then already granted.
         """
         if self._watcher is None or not self._is_held:
             return True

@@ -201,7 +201,7 @@ class Proxy(FallbackRequest):
     def _deny(self, error: BadRequest, *, is_news: bool = True) -> None:
         """Respond with an error; to a browser that opens the console, with the login page.
 
-        ``is_news``: False if the page is all that needs to be said.
+        ``is_news``: whether the login page also shows the error's message.
         """
         if error.code not in AUDITED or self.context.console is None or not wants_page(self):
             self._refuse(error)
@@ -286,7 +286,7 @@ class Proxy(FallbackRequest):
         """Admit a request whose body has been read; wait for an endpoint if necessary.
 
         If it continues a stored response, only the replica that has that response can serve it. If
-        no replica has it, any may say so.
+        no replica has it, the request goes to any replica, whose engine returns the error.
         """
         only = None
         if request.previous_response_id is not None:

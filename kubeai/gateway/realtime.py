@@ -157,7 +157,8 @@ class Session:
 
     async def model(self) -> str:
         """Accept the handshake, and wait for the event with the model. BadRequest if none comes."""
-        # What the client offers is between it and the engine, which is not known yet.
+        # Extensions and subprotocols are negotiated with the engine, which is not known yet: drop
+        # the client's offers.
         self._exchange.drop_header(b"sec-websocket-extensions")
         self._exchange.drop_header(b"sec-websocket-protocol")
         created = {

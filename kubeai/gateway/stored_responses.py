@@ -5,8 +5,9 @@ engine, and names neither the Model nor the replica. Therefore :class:`StoredRes
 endpoints that may have it, and the one that has it gets the request. That works for every worker
 and every replica of KubeAI, also after they have restarted. A worker remembers the endpoints that
 it has found, because clients poll responses that are generated in the background: a response never
-moves, so as long as its endpoint is there, no other one can have it. Endpoints that made a response
-are not remembered before they are asked for it: the ID would have to be read from every body.
+moves, so as long as its endpoint exists, no other one can have it. An endpoint is remembered when a
+lookup finds it, not when it creates the response: that would require reading the ID from every
+response body.
 
 A request that continues a stored response (``previous_response_id``) names its Model, so only the
 endpoints of that Model, its canary and its fallbacks are asked, and none if the only one is the
@@ -15,12 +16,11 @@ Model's own.
 Only endpoints are asked whose engine stores responses and whose Model matches the request's
 selectors. If an adapter made the response, the client gets its name as clients call it.
 
-If keys are required, a response belongs to the tenant whose key made it: no other one can read,
-cancel or continue it, and to others it does not exist. Its ID says whose it is. Both engines that
-store responses take the ID from the request's ``request_id``, so :func:`new_id` has it begin with a
-hash of the tenant's name, and :func:`check_owner` compares that before anything is looked up. This
-needs no memory, and holds for all workers and replicas and after restarts. What was made without a
-key belongs to nobody.
+If keys are required, only the tenant whose key created a response can read, cancel or continue it;
+other tenants get 404. The ID identifies the tenant. Both engines that store responses take the ID
+from the request's ``request_id``, so :func:`new_id` has it begin with a hash of the tenant's name,
+and :func:`check_owner` compares that before anything is looked up. This needs no memory, and holds
+for all workers and replicas and after restarts. A response created without a key has no owner.
 
 Limits: ``ASKED_AT_ONCE_MAX_COUNT`` endpoints at a time for each request, ``ASK_TIMEOUT_S`` for each
 of them and ``LOOKUP_TIMEOUT_S`` for all, ``LOOKUPS_MAX_COUNT`` such requests at a time and
@@ -148,9 +148,10 @@ class StoredResponses:
     ) -> Owner | None:
         """The endpoint that has the response, for a request to the first model that continues it.
 
-        The others are those that may have served its clients. None if every endpoint of the first
-        one may serve the request as well: none has the response, which the engine then says best,
-        or there is only one. BadRequest: 503 if one did not answer.
+        The other models are its canary and fallbacks, which may have created the response. None if
+        any endpoint of the first model can take the request: there is only one, or none has the
+        response, and the engine's own error is the most accurate. BadRequest: 503 if one did not
+        answer.
         """
         able = [routed for routed in models if routed.route.engine in STORING_ENGINES]
         places = [routed for routed in able for _ in routed.route.endpoints]
@@ -261,7 +262,7 @@ class StoredResponses:
 
 
 def _retrieve(done: asyncio.Future[Any]) -> None:
-    """Else asyncio logs the exception of a future that nobody waits for any longer."""
+    """Retrieve the exception of an abandoned future; otherwise asyncio logs it."""
     if not done.cancelled():
         done.exception()
 
@@ -305,8 +306,8 @@ def chosen_id(payload: bytes) -> str | None:
 def with_id(payload: bytes, response_id: str) -> bytes:
     """The body of a request, so that a response that the engine stores has this ID.
 
-    ``payload``: a JSON object. A ``request_id`` of the client's loses, wherever it is: engines use
-    the last member of a name.
+    ``payload``: a JSON object. It overrides the client's ``request_id``: of several members with
+    one name, engines use the last.
     """
     end = payload.rindex(b"}")
     return b'%b,"request_id":"%b"}' % (payload[:end], response_id.encode())

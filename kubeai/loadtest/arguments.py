@@ -427,7 +427,7 @@ class Engines:
     preset: Annotated[
         str,
         option(
-            "Model and GPU whose speed and memory engines have. Default: llama-3.1-8b-fp8-l4.",
+            "Model and GPU to simulate, for speed and memory. Default: llama-3.1-8b-fp8-l4.",
             ENGINES,
         ),
     ] = "llama-3.1-8b-fp8-l4"

@@ -171,7 +171,7 @@ def _connections(scenario: Scenario) -> tuple[str, int]:
 
 def main() -> None:
     """Run the generator; stdout carries only messages."""
-    # Keep stray prints outbox of the message stream: stdout becomes stderr.
+    # Keep stray prints out of the message stream: stdout is redirected to stderr.
     out_fd = os.dup(1)
     os.dup2(2, 1)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -427,7 +427,7 @@ def _advise_on_keys(options: Options, supervisor: Supervisor) -> None:
         if not is_loopback(options.host):
             log.warning(
                 "no keys are required",
-                message=f"everybody who can reach {options.host} may use the Models. Restart with "
+                message=f"anyone who can reach {options.host} can use the Models. Restart with "
                 "--require-keys, and create keys with `kubeai key create`",
             )
     elif not len(supervisor.keys):

@@ -1,8 +1,9 @@
 """When a message is tried again, and when it is given up.
 
 An attempt is one request through the gateway, which itself retries on other endpoints. It counts as
-failed if an engine has had it and its status is 429 or 5xx. A request that ended while it was held
-for a model without an endpoint has not failed: it waits on, up to a limit of its own. Pure: no I/O.
+failed if it was sent to an engine and its status is 429 or 5xx. A request that ended while it was
+held for a model without an endpoint has not failed: it waits on, up to a limit of its own. Pure: no
+I/O.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ ATTEMPTS_MAX_COUNT = 8  # failed ones; with errorMaxBackoff 30s, about a minute 
 FAILED_MAX_S = 1800.0  # that failed attempts may take together: engines that time out waste GPUs
 HELD_MAX_S = 6 * 3600.0  # that a message waits for endpoints of its model, in one process
 BACKOFF_FIRST_S = 1.0
-# Deliveries of a message that this process has not in hand. A message that kills the process is
-# delivered again and again; some brokers also count those that were given back in a drain.
+# Limit on deliveries, checked for messages that this process does not hold. A message that crashes
+# the process is redelivered repeatedly; some brokers also count deliveries that were released
+# during a drain.
 DELIVERIES_MAX_COUNT = 25
 
 

@@ -4,11 +4,11 @@ Responses are not parsed. :func:`find_usage` is given the last bytes of a body t
 hand and searches them backwards for ``"usage"``: in OpenAI's chat, completions, embeddings and
 responses, and in Anthropic's messages, streamed or not. What is not found there is unknown.
 
-Contents cannot pass for it. In a JSON string, quotes are escaped, so ``"usage"`` with a colon is a
-key. A key inside of a tool's input or of another value is not taken: after its object, one object
-must end before the end of the body, or two (the event in a stream of responses), and no list. The
-same holds for the last members ``prompt_eval_count`` and ``eval_count`` of Ollama's API, which are
-looked for if there is no ``usage``.
+Generated text cannot be mistaken for it. In a JSON string, quotes are escaped, so ``"usage"`` with
+a colon is a key. A key inside of a tool's input or of another value is not taken: after its object,
+one object must end before the end of the body, or two (the event in a stream of responses), and no
+list. The same holds for the last members ``prompt_eval_count`` and ``eval_count`` of Ollama's API,
+which are looked for if there is no ``usage``.
 """
 
 from libc.stdint cimport uint32_t, uint64_t

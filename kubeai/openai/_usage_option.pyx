@@ -46,11 +46,12 @@ cdef bint is_true(const char *at) noexcept nogil:
         return False
     if at[0] == c"t":
         return True
-    if at[0] == c'"':
+    if at[0] == c'"':  # as pydantic reads strings: "true", "yes", "1" and "on" are true
         letter = at[1] | 32
         return letter == c"t" or letter == c"y" or at[1] == c"1" or (
             letter == c"o" and (at[2] | 32) == c"n"
         )
+    # A number is true unless it is 0: skip the sign, zeros and the point.
     while at[0] == c"-" or at[0] == c"." or at[0] == c"0":
         at += 1
     return c"1" <= at[0] <= c"9"

@@ -1,10 +1,10 @@
 """Which Model each alias belongs to, and which fallbacks and canaries count. Pure.
 
-A name belongs to one Model. It is, in this order, the Model that is called so, the one that has
-such an adapter (``<model>_<adapter>``), or the oldest that lists it as an alias. An entry of
-``fallbacks``, or a ``canary``, does not count if it names its own Model, or if it leads from a
-younger to an older Model of a cycle; so no cycle is left. One that names no Model is reported, and
-counts as soon as there is such a Model.
+A name belongs to one Model: in this order, the Model with that name, the Model with that adapter
+(``<model>_<adapter>``), or the oldest Model that lists it as an alias. An entry of ``fallbacks``,
+or a ``canary``, does not count if it names its own Model, or if it leads from a younger to an older
+Model of a cycle; so no cycle is left. One that names no Model is reported, and counts as soon as
+there is such a Model.
 
 :class:`Names` follows all Models. The operator of every replica feeds it and publishes the result,
 and the leader writes it to the Models' conditions.
@@ -69,13 +69,13 @@ class Names:
         self._referrers: dict[str, set[str]] = {}  # Model → those with it as fallback or canary
 
     def begin(self, models: Mapping[str, Model]) -> None:
-        """Take in all Models, before any is observed."""
+        """Load all Models. Call once, before ``observe``."""
         for name, model in models.items():
             self._seen[name] = model
             self._replace(name, None, _entry(model))
 
     def observe(self, name: str, model: Model | None) -> set[str]:
-        """Take in a Model's state; None: it is gone. Returns the other Models that this affects.
+        """Record a Model's state (None: it was deleted); return the other Models that it affects.
 
         A Model that is being deleted has no names. Does nothing if only the Model's pods changed.
         """
@@ -144,8 +144,8 @@ class Names:
                 found.append((other, missing, True))
                 continue
             elif other in cycle and self._entries[other].age < entry.age:
-                why = "it leads back to this Model, and of a cycle only entries for younger Models "
-                problem = Ignored("Cycle", what + why + "count")
+                why = "it leads back to this Model, and in a cycle only entries that name younger "
+                problem = Ignored("Cycle", f"{what}{why}Models count")
             else:
                 found.append((other, None, True))
                 continue

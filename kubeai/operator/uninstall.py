@@ -4,7 +4,7 @@ A Model with a cache keeps a finalizer until its files are removed, which needs 
 Models must therefore be deleted before the operator.
 
 The Helm chart can run this as a hook. Other tools apply the hook's manifests as an ordinary Job;
-:func:`require_helm_uninstall` tells the two apart and runs before anything is deleted.
+:func:`require_helm_uninstall` distinguishes the two cases before anything is deleted.
 """
 
 from __future__ import annotations

@@ -6,9 +6,8 @@ work is next (start-time fair queueing). It is the limit of deficit round robin 
 Work differs a thousandfold between requests, so a quantum that covers the largest request would let
 a tenant have a thousand small ones served per round, before another tenant's first.
 
-A tenant's first request starts at the virtual time at which the requests of its priority are now.
-So a tenant that did not use its share earlier has no claim to more later, and one that has waited
-long with a low priority has none against others of that priority.
+A tenant's first request starts at the current virtual time of its priority. A tenant therefore
+accumulates no credit while it is idle, or while it waits at a low priority.
 
 The :class:`Accounts` may be shared by several queues: ``queueing`` shares those of a worker's
 queues with the other workers in the queue table. Each operation takes O(log tenants), except
@@ -236,10 +235,11 @@ class FairQueue(Generic[E]):
             level.schedule(flow)
 
     def refusable(self, priority: int, tenant: str) -> E | None:
-        """The request that makes room for a new one of this priority and tenant; None: no one does.
+        """The request to displace for a new one of this priority and tenant; None if there is none.
 
-        Of those with the lowest priority the newest, if that priority is lower. If it is the same,
-        the newest of the tenant with the most requests, if that has at least two more.
+        The newest request of the lowest priority, if that is below the new one's. If it is equal,
+        the newest request of the tenant with the most requests, if it has at least two more than
+        this tenant.
         """
         if not self._priorities or self._priorities[0] > priority:
             return None

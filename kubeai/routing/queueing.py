@@ -7,11 +7,11 @@ as many requests in flight as they can serve well, the route's ``capacity`` (it 
 its head only if no other worker's comes first (``_queue_table``), and otherwise wakes that worker.
 
 A dispatch happens when a request arrives, when the route changes, when this worker is woken because
-a place is free, and on each tick of the server, in case a wake-up was lost. A worker that does not
-serve its head, because it is stopped or hangs, is passed from the second tick on.
+a place is free, and on each tick of the server, in case a wake-up was lost. From the second tick
+on, a worker that does not serve its head (it is stopped or hangs) is skipped.
 
-Other replicas learn of this one's first request with a delay, and of free places too. While theirs
-comes first, one place is left free for it, until the second tick at the latest.
+KubeAI replicas learn of each other's first requests and free slots with a delay. While a peer's
+request comes first, one slot is left free for it, until the second tick at the latest.
 
 RoutedModel owns one queue; holding.py waits in it.
 """
@@ -95,7 +95,7 @@ class Waiting:
         self.turn: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
-        """Let the request look whether something has changed."""
+        """Wake the request, which then checks whether it can be served."""
         if self.turn is not None and not self.turn.done():
             self.turn.set_result(None)
 

@@ -51,7 +51,7 @@ class Rows:
         return len(self._dropped)
 
     def open(self) -> tuple[int, int]:
-        """Open a row; it and its generation. There must be room."""
+        """Open a row; return the row and its generation. There must be room."""
         if self._free:
             row = heapq.heappop(self._free)
         else:

@@ -187,7 +187,10 @@ class RoutingTable:
             known.update(route)
 
     def _set_names(self, model: str, before: tuple[str, ...], route: Route | None) -> None:
-        """Set a Model's aliases. One that two Models have for a moment belongs to the later."""
+        """Set a Model's aliases.
+
+        While two Models briefly claim the same alias, the later update wins.
+        """
         now = () if route is None else route.aliases
         for alias in before:
             if alias not in now and self.aliases.get(alias) == model:

@@ -16,7 +16,7 @@ T = TypeVar("T")
 class WaitingTurns(Generic[T]):
     """Conversations whose next turn waits for a request. Times in seconds, with any origin.
 
-    ``begin`` returns another conversation, or None if there are no more.
+    ``begin`` starts a new conversation; None if there are no more.
     """
 
     def __init__(self, begin: Callable[[], T | None]) -> None:
@@ -29,7 +29,7 @@ class WaitingTurns(Generic[T]):
         heapq.heappush(self._heap, (ready_s, next(self._order), conversation))
 
     def take(self, now_s: float) -> T | None:
-        """The conversation that has been ready longest, else another one, else None."""
+        """The conversation that has been ready longest, else a new one, else None."""
         if self._heap and self._heap[0][0] <= now_s:
             return heapq.heappop(self._heap)[2]
         return self._begin()

@@ -330,8 +330,8 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     eject_max_time_s: PositiveDuration = field(name="ejectMaxTime", default=300.0)
     # The share of requests in the access log (failures are always logged); 0 disables the log.
     access_log_sample: Share = 0.0
-    # Whether clients may ask, with a header, why an endpoint was picked. The answer names endpoints
-    # and says how much of the prompt was sent to them before, by whomever.
+    # Whether clients may ask, with a header, why an endpoint was picked. The response names
+    # endpoints and reports how much of the prompt any client has sent to each of them.
     explain: bool = False
     access_log_prompts: bool = False  # log the hashes of prompts, for `kubeai bench replay`
     # On SIGTERM: how long new requests are still accepted, and how long in-flight ones may take.

@@ -11,8 +11,8 @@ messages of a partition follow one that is not acknowledged; then the partition 
   do their messages in hand. The messages of a partition that has moved are delivered again by its
   new owner.
 - There is no deadline: heartbeats keep the partitions, however long a message is in hand.
-- A group that has never committed an offset begins as gocloud's: with the newest message, or with
-  ``offset=oldest`` the oldest one. The first offset is committed at once, so that no message is
+- A group that has never committed an offset starts, as in gocloud, at the newest message, or at the
+  oldest one with ``offset=oldest``. The first offset is committed at once, so that no message is
   skipped later, except those that are published to a partition before KubeAI knows that it has been
   added: ``offset=oldest`` includes them. If Kafka has deleted messages that were waiting, it goes
   on with the oldest one.

@@ -180,7 +180,11 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
             return
         for record in records:
             if record.offset < partition.progress.next:
-                log.warning("partition has begun again", topic=key.topic, partition=key.partition)
+                log.warning(
+                    "offsets went backwards, reading the partition again",
+                    topic=key.topic,
+                    partition=key.partition,
+                )
                 partition.owned = False
                 partition = _Partition(key, Progress(record.offset), None)
                 self._partitions[key] = partition

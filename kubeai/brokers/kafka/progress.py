@@ -1,4 +1,4 @@
-"""How far a consumer group has come in a partition of a Kafka topic. Pure.
+"""A consumer group's progress in one partition of a Kafka topic. Pure.
 
 Kafka stores one offset for each group and partition: every message before it is done. KubeAI
 acknowledges messages in any order. The committed offset is therefore the first message that is not

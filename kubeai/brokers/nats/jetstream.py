@@ -242,7 +242,8 @@ def _deadline_of(info: ConsumerInfo) -> float:
             "consumer limits deliveries",
             consumer=info.name,
             max_deliver=config.max_deliver,
-            message="a message that was delivered this often is never answered",
+            message="JetStream drops a message after max_deliver attempts: its request then "
+            "gets no response",
         )
     return min(config.backoff or [config.ack_wait or CREATED_ACK_WAIT_S])
 

@@ -4,8 +4,8 @@
   assumed to be the shortest one that Pub/Sub allows.
 - Deliveries are counted by Pub/Sub only if the subscription has a dead-letter policy.
 - Pub/Sub does not report how many messages wait; Cloud Monitoring does.
-- gRPC connects again by itself, and calls that fail are repeated for ``RETRY_S``. BrokerUnavailable
-  means that this was not enough. Messages in hand are then delivered again after their deadline.
+- gRPC reconnects by itself, and failed calls are retried for ``RETRY_S``; after that,
+  BrokerUnavailable is raised. Unacknowledged messages are then redelivered after their deadline.
 - Without exactly-once delivery, Pub/Sub confirms every acknowledgement, also one that comes after
   the deadline and has no effect.
 """
@@ -102,20 +102,24 @@ class PubSub(Broker):
         self._send_max_count = self._batch_size("max_send_batch_size")
         lazy = url.options.get("nacklazy", "false")
         if lazy not in _BOOLEANS:
-            raise url.error(f"has the option nacklazy={lazy}; it is true or false")
+            raise url.error(f"has an invalid option nacklazy={lazy}; use true or false")
         self._release_by_deadline = _BOOLEANS[lazy]
         self._emulator = url.environment.get("PUBSUB_EMULATOR_HOST", "")
 
     def _batch_size(self, option: str) -> int:
         text = self._url.options.get(option, str(BATCH_MAX_COUNT))
         if not text.isdecimal() or not 1 <= int(text) <= BATCH_MAX_COUNT:
-            raise self._url.error(f"has the option {option}={text}; it is 1 to {BATCH_MAX_COUNT}")
+            raise self._url.error(
+                f"has an invalid option {option}={text}; use 1 to {BATCH_MAX_COUNT}"
+            )
         return int(text)
 
     async def subscribe(self) -> Subscription:
         """Connect, and read the subscription's deadline."""
-        if self._kind == "topics" or "max_send_batch_size" in self._url.options:
+        if self._kind == "topics":
             raise self._url.error("is a topic; to receive, name a subscription")
+        if "max_send_batch_size" in self._url.options:
+            raise self._url.error("has the option max_send_batch_size, which only topics have")
         path = f"projects/{self._project}/subscriptions/{self._name}"
         channel = await self._channel(SubscriberGrpcAsyncIOTransport)
         client = SubscriberAsyncClient(transport=SubscriberGrpcAsyncIOTransport(channel=channel))

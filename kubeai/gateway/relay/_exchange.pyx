@@ -297,7 +297,10 @@ cdef class Exchange:
         return not upstream.write_paused
 
     cdef bint _accept_body(self, int64_t max_bytes) except -1:
-        """Have the body sent; False if it is announced to be too long, and the request rejected."""
+        """Have the client send the body.
+
+        False: its Content-Length exceeds the limit, and the request has been rejected.
+        """
         self.decided = True
         self.downstream.body.max_bytes = max_bytes
         if self.downstream.head.length > max_bytes:
@@ -430,8 +433,9 @@ cdef class Exchange:
         """An attempt failed and its upstream connection is gone; nothing has reached the client."""
         try:
             if self.replayed and failure == LOST:
-                # So the first connection was not just idle. It is not LOST: that counts requests
-                # which an engine takes along when it dies, and this is one.
+                # The first connection was therefore not merely closed while idle: count that
+                # failure as well. Not as LOST, which counts the requests that a crashing engine had
+                # in flight, because this request would count twice.
                 self.pool.note_failure(INVALID)
             self.pool.note_failure(failure)
             if not self.streaming and self.wants_retry(failure, 0):

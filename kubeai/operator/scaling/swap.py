@@ -5,10 +5,10 @@ Model is demanded if requests are held for it and it has no replica that serves.
 waits for resources, the least recently used idle Models are scaled down to minReplicas, but only if
 that makes enough room. Called by the scaler, about once a second.
 
-A Model is idle if no request for it has been in flight or held for ``IDLE_S``. So a Model that was
-swapped in first serves the requests that it was swapped in for, and Models that are both in use are
-never swapped back and forth while requests are under way: the one that waits gets its turn in the
-first pause of the other.
+A Model is idle if no request for it has been in flight or held for ``IDLE_S``. A Model that was
+swapped in therefore serves the requests that it was swapped in for, and two busy Models are never
+swapped back and forth while requests are in flight: the waiting one is swapped in at the other's
+first pause.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def _waits(view: View) -> bool:
 def make_room(tenants: Sequence[_Tenant], allocatable: Amounts) -> list[Eviction]:
     """The Models to scale down, for each Model that waits in turn, the longest-waiting first.
 
-    What goes already is counted as room. A Model for which there cannot be enough room now keeps
-    its turn, but no other Model is scaled down for it.
+    Replicas that are already being deleted count as room. A Model for which there cannot be enough
+    room now keeps its turn, but no other Model is scaled down for it.
     """
     room = {
         name: total - sum((t.placed - t.going) * t.needs.get(name, 0) for t in tenants)

@@ -283,7 +283,10 @@ class Console:
 
 
 def _check_change(request: web.Request, content_type: str = "") -> None:
-    """BadRequest unless a page of ours has sent it. ``content_type``: of the body, if any."""
+    """BadRequest unless the request comes from the console's page.
+
+    ``content_type``: the required type of the body, if it has one.
+    """
     if request.headers.get(CHANGE_HEADER) != "1":
         message = f"Changes need the header {CHANGE_HEADER}: 1."
         raise BadRequest(message, status=403, code="missing_header")

@@ -155,7 +155,7 @@ class Keys:
         ("127.0.0.1", None, ""),
         ("::1", None, ""),
         ("localhost", None, ""),
-        ("0.0.0.0", None, "everybody who can reach 0.0.0.0 may use the Models"),
+        ("0.0.0.0", None, "anyone who can reach 0.0.0.0 can use the Models"),
         ("192.0.2.1", None, "--require-keys"),
         ("0.0.0.0", Keys(1), ""),
         ("127.0.0.1", Keys(0), "kubeai key create NAME --admin --kubeconfig"),

@@ -57,6 +57,5 @@ def canonicalize(amounts: Object | None) -> None:
     for name, amount in (amounts or {}).items():
         try:
             amounts[name] = str(parse_quantity(str(amount)))  # type: ignore[index]
-        except ValueError:
-            why = f"quantities must match the regular expression, not {amount!r}"
-            raise bad_request(f"{name}: {why}") from None
+        except ValueError as error:
+            raise bad_request(f"{name}: {error}") from None
