@@ -9,6 +9,7 @@ import sys
 import pytest
 import pytest_asyncio
 from hypothesis import settings
+from hypothesis.internal.conjecture import providers
 
 # A shell makes the programs that it starts in the background ignore SIGINT, which Python and every
 # program that a test starts would inherit.
@@ -21,7 +22,14 @@ os.environ["PATH"] = f"{sys.base_prefix}/bin:{os.environ.get('PATH', os.defpath)
 # tried each time, so that a commit passes or fails; `make soak` tries others.
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("others", deadline=None)
-settings.load_profile("others" if "OTHER_EXAMPLES" in os.environ else "same")
+if "OTHER_EXAMPLES" in os.environ:
+    settings.load_profile("others")
+else:
+    settings.load_profile("same")
+    # Hypothesis also tries constants of the modules that are imported by then. Which ones these are
+    # depends on the tests that xdist has run in the process before.
+    assert callable(providers._get_local_constants)
+    providers._get_local_constants = lambda: providers._local_constants  # none
 
 
 @pytest.fixture(autouse=True)

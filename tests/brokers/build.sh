@@ -10,11 +10,15 @@ set -euo pipefail
 cd "$(dirname "$0")"
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/kubeai-brokers
 
+retry() { # a download may fail once
+    "$@" || { sleep 5 && "$@"; } || { sleep 30 && "$@"; }
+}
+
 # Each build_NAME installs into the empty folder $1. Its text, the files in the folder NAME here, if
 # any, and the release of the operating system determine the version.
 
 build_nats() {
-    (cd nats && go build -ldflags "-s -w" -o "$1/nats-server" github.com/nats-io/nats-server/v2)
+    (cd nats && retry go build -ldflags "-s -w" -o "$1/nats-server" github.com/nats-io/nats-server/v2)
 }
 
 # RabbitMQ and Erlang from Debian, unpacked, so that no service is started and no user is created.
@@ -44,12 +48,12 @@ build_rabbitmq() {
 
 # Needs a JDK and Maven. The broker's logs are discarded: no logging backend is among its jars.
 build_kafka() {
-    mvn -q -B -f kafka/pom.xml dependency:copy-dependencies "-DoutputDirectory=$1/lib"
+    retry mvn -q -B -f kafka/pom.xml dependency:copy-dependencies "-DoutputDirectory=$1/lib"
 }
 
 # Google's fake of Pub/Sub, which its client library for Go is tested with.
 build_pstest() {
-    (cd pstest && go build -ldflags "-s -w" -o "$1/pstest" .)
+    (cd pstest && retry go build -ldflags "-s -w" -o "$1/pstest" .)
 }
 
 # Apache Qpid Proton for Python, compiled, for the peer that behaves as Service Bus does.

@@ -16,16 +16,24 @@ the broker cannot have is named in ``cannot``, with the reason.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 from brokers.servers import BrokerServer
+from brokers.subscriptions import (
+    CONFIG_PATH,
+    WAIT_S,
+    assert_nothing_arrives,
+    receive,
+    receive_one,
+    subscribed,
+    topic_of,
+    until_available,
+)
 from harness import until
 
 from kubeai.brokers.base import (
@@ -35,16 +43,10 @@ from kubeai.brokers.base import (
     Delivery,
     MessageTooLarge,
     Subscription,
-    Topic,
 )
 from kubeai.brokers.urls import open_broker
 from kubeai.errors import ConfigError
 
-T = TypeVar("T")
-
-CONFIG_PATH = "messaging.streams[0].requestsURL"
-WAIT_S = 45.0  # for something that must happen; a busy machine is slow
-AVAILABLE_S = 120.0  # for a broker that has been killed and started again
 ABSENCE_S = 1.0  # for something that must not happen, when no deadline of the broker is longer
 PASSWORD = "hunter2-do-not-print"  # in the environment for a test that looks for it in errors
 
@@ -57,57 +59,6 @@ class Pair(NamedTuple):
 
 
 # -- what tests of a broker use --------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def subscribed(url: str, environment: Mapping[str, str]) -> AsyncIterator[Subscription]:
-    """A subscription, closed at the end."""
-    subscription = await open_broker(url, CONFIG_PATH, environment).subscribe()
-    try:
-        yield subscription
-    finally:
-        await subscription.close()
-
-
-@contextlib.asynccontextmanager
-async def topic_of(url: str, environment: Mapping[str, str]) -> AsyncIterator[Topic]:
-    """A topic, closed at the end."""
-    topic = await open_broker(url, CONFIG_PATH, environment).open_topic()
-    try:
-        yield topic
-    finally:
-        await topic.close()
-
-
-async def until_available(operation: Callable[[], Awaitable[T]]) -> T:
-    """Repeat an operation while the broker is unavailable, as the messenger does."""
-    async with asyncio.timeout(AVAILABLE_S):
-        while True:
-            with contextlib.suppress(BrokerUnavailable):
-                return await operation()
-            await asyncio.sleep(0.1)
-
-
-async def receive(subscription: Subscription, count: int) -> list[Delivery]:
-    """Receive exactly ``count`` messages, in as many calls as that takes."""
-    deliveries: list[Delivery] = []
-    async with asyncio.timeout(WAIT_S):
-        while len(deliveries) < count:
-            got = await subscription.receive(count - len(deliveries))
-            assert 1 <= len(got) <= count - len(deliveries)
-            deliveries += got
-    return deliveries
-
-
-async def receive_one(subscription: Subscription) -> Delivery:
-    return (await receive(subscription, 1))[0]
-
-
-async def assert_nothing_arrives(subscription: Subscription, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            got = await subscription.receive(10)
-            pytest.fail(f"received {[delivery.body[:80] for delivery in got]}")
 
 
 def numbered(count: int) -> list[bytes]:
@@ -123,6 +74,17 @@ def _json_of(size_bytes: int) -> bytes:
 
 
 # -- the behaviours --------------------------------------------------------------------------------
+
+# Tests in which a slow machine must not have messages redelivered: their brokers need a deadline
+# that is longer than ``redelivery_s``.
+RECEIVES_MANY = frozenset(
+    {
+        "test_concurrent_publishing_loses_nothing",
+        "test_count_max_leaves_the_rest_to_others",
+        "test_competing_subscriptions_share_without_loss",
+        "test_lag_counts_waiting_messages",
+    }
+)
 
 
 class Conformance:

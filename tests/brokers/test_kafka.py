@@ -12,20 +12,17 @@ from typing import Any, ClassVar
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from brokers.conformance import (
+from brokers.conformance import PASSWORD, Conformance, Pair, numbered
+from brokers.servers.kafka import MESSAGE_MAX_BYTES, SASL_PASSWORD, KafkaServer
+from brokers.subscriptions import (
     CONFIG_PATH,
-    PASSWORD,
     WAIT_S,
-    Conformance,
-    Pair,
     assert_nothing_arrives,
-    numbered,
     receive,
     receive_one,
     subscribed,
     topic_of,
 )
-from brokers.servers.kafka import MESSAGE_MAX_BYTES, SASL_PASSWORD, KafkaServer
 from harness import until
 
 from kubeai.brokers.base import BrokerUnavailable, Delivery, Subscription

@@ -9,19 +9,10 @@ from typing import Any, ClassVar
 
 import nats
 import pytest
-from brokers.conformance import (
-    ABSENCE_S,
-    CONFIG_PATH,
-    PASSWORD,
-    Conformance,
-    Pair,
-    numbered,
-    receive,
-    subscribed,
-    topic_of,
-)
+from brokers.conformance import ABSENCE_S, PASSWORD, RECEIVES_MANY, Conformance, Pair, numbered
 from brokers.servers import free_port
 from brokers.servers.nats import MAX_PAYLOAD_BYTES, NatsServer
+from brokers.subscriptions import CONFIG_PATH, receive, subscribed, topic_of
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -45,7 +36,7 @@ GO_MESSAGE = bytes.fromhex(
     "0d7f040102ff8000010c010c000019ff80000112726571756573745f6d6573736167655f69640131"
     "1e0a001b7b2270617468223a20222f76312f636f6d706c6574696f6e73227d"
 )
-ACK_WAIT_S = 2.0
+ACK_WAIT_S, LONG_ACK_WAIT_S = 2.0, 20.0  # the second for RECEIVES_MANY
 _numbers = itertools.count()
 pytestmark = [pytest.mark.broker, pytest.mark.timeout(240)]
 
@@ -100,12 +91,17 @@ class TestJetStream(Conformance):
     variables = ("NATS_SERVER_URL",)
     unreachable: ClassVar = unreachable()
 
-    async def make(self, server):
+    @pytest.fixture
+    async def pair(self, server, request):
+        many = request.function.__name__ in RECEIVES_MANY
+        return await self.make(server, LONG_ACK_WAIT_S if many else ACK_WAIT_S)
+
+    async def make(self, server, ack_wait_s=ACK_WAIT_S):
         number = next(_numbers)
         client = await nats.connect(server.environment["NATS_SERVER_URL"])
         js = client.jetstream()
         await js.add_stream(name=f"STREAM-{number}", subjects=[f"requests.{number}"])
-        await js.add_consumer(f"STREAM-{number}", durable_name="workers", ack_wait=ACK_WAIT_S)
+        await js.add_consumer(f"STREAM-{number}", durable_name="workers", ack_wait=ack_wait_s)
         await client.close()
         url = f"nats://requests.{number}?jetstream"
         return Pair(url, f"{url}&queue=workers")

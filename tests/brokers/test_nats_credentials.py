@@ -8,8 +8,8 @@ from typing import Any
 
 import nkeys
 import pytest
-from brokers.conformance import CONFIG_PATH, receive, subscribed, topic_of
 from brokers.servers.nats import NatsServer
+from brokers.subscriptions import CONFIG_PATH, receive, subscribed, topic_of
 
 from kubeai.brokers.base import BrokerUnavailable
 from kubeai.brokers.urls import open_broker

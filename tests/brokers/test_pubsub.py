@@ -13,25 +13,17 @@ from typing import ClassVar
 
 import grpc
 import pytest
-from brokers.conformance import (
-    ABSENCE_S,
-    Conformance,
-    Pair,
-    assert_nothing_arrives,
-    receive,
-    receive_one,
-    subscribed,
-    topic_of,
-)
+from brokers.conformance import ABSENCE_S, RECEIVES_MANY, Conformance, Pair
 from brokers.servers.proxy import Proxy
 from brokers.servers.pstest import PstestServer
+from brokers.subscriptions import assert_nothing_arrives, receive, receive_one, subscribed, topic_of
 from google.pubsub_v1 import PublisherAsyncClient, SubscriberAsyncClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcAsyncIOTransport
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcAsyncIOTransport
 
 from kubeai.brokers.pubsub.broker import MESSAGE_MAX_BYTES
 
-ACK_DEADLINE_S = 2
+ACK_DEADLINE_S, LONG_ACK_DEADLINE_S = 2, 20  # the second for RECEIVES_MANY
 numbers = itertools.count()
 
 
@@ -106,9 +98,15 @@ class TestPubSub(Conformance):
     }
     unreachable: ClassVar = {"PUBSUB_EMULATOR_HOST": "127.0.0.1:1"}
 
-    async def make(self, server):
+    @pytest.fixture
+    async def pair(self, server, request):
+        if request.function.__name__ in RECEIVES_MANY:
+            return await self.make(server, ack_deadline_seconds=LONG_ACK_DEADLINE_S)
+        return await self.make(server)
+
+    async def make(self, server, **settings):
         port = int(server.environment["PUBSUB_EMULATOR_HOST"].rpartition(":")[2])
-        topic, subscription = await create(port)
+        topic, subscription = await create(port, **settings)
         return Pair(f"gcppubsub://{topic}", f"gcppubsub://{subscription}")
 
     async def test_short_urls_name_the_same(self, pair, environment):

@@ -7,20 +7,10 @@ from typing import ClassVar
 
 import aio_pika
 import pytest
-from brokers.conformance import (
-    ABSENCE_S,
-    CONFIG_PATH,
-    PASSWORD,
-    Conformance,
-    Pair,
-    assert_nothing_arrives,
-    numbered,
-    receive,
-    subscribed,
-    topic_of,
-)
+from brokers.conformance import ABSENCE_S, PASSWORD, Conformance, Pair, numbered
 from brokers.servers import free_port
 from brokers.servers.rabbitmq import MAX_MESSAGE_BYTES, RabbitServer
+from brokers.subscriptions import CONFIG_PATH, assert_nothing_arrives, receive, subscribed, topic_of
 from harness import until
 
 from kubeai.brokers.base import REQUEST_MESSAGE_ID, BrokerUnavailable

@@ -12,16 +12,9 @@ from typing import Any, ClassVar
 
 import boto3
 import pytest
-from brokers.conformance import (
-    CONFIG_PATH,
-    PASSWORD,
-    Conformance,
-    Pair,
-    receive_one,
-    subscribed,
-    topic_of,
-)
+from brokers.conformance import PASSWORD, RECEIVES_MANY, Conformance, Pair
 from brokers.servers.sqs import REGION, SqsServer
+from brokers.subscriptions import CONFIG_PATH, receive_one, subscribed, topic_of
 from harness import until
 from structlog.testing import capture_logs
 
@@ -30,14 +23,7 @@ from kubeai.brokers.sqs.broker import SqsSubscription
 from kubeai.brokers.urls import open_broker
 
 numbers = itertools.count()
-# The second is for tests in which a slow machine must not redeliver.
-VISIBILITY_S, LONG_VISIBILITY_S = 4, 20
-RECEIVES_MANY = {
-    "test_concurrent_publishing_loses_nothing",
-    "test_count_max_leaves_the_rest_to_others",
-    "test_competing_subscriptions_share_without_loss",
-    "test_lag_counts_waiting_messages",
-}
+VISIBILITY_S, LONG_VISIBILITY_S = 4, 20  # the second for RECEIVES_MANY
 
 
 def client(server: SqsServer):

@@ -23,6 +23,10 @@ if [[ -n "${KUBEBUILDER_ASSETS:-}" ]]; then
     exit
 fi
 
+retry() { # a download may fail once
+    "$@" || { sleep 5 && "$@"; } || { sleep 30 && "$@"; }
+}
+
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/kubeai-cluster
 folder=$cache/$(cat go.mod go.sum kwok/go.mod kwok/go.sum helm/go.mod helm/go.sum | sha256sum | cut -c1-16)
 mkdir -p "$cache"
@@ -36,20 +40,20 @@ if ! complete "$folder" "${binaries[@]}"; then
     partial=$folder.new
     rm -rf "$partial" && mkdir "$partial"
     {
-        go build -ldflags "-s -w" -o "$partial/etcd" go.etcd.io/etcd/server/v3
+        retry go build -ldflags "-s -w" -o "$partial/etcd" go.etcd.io/etcd/server/v3
         for name in kube-apiserver kube-controller-manager kube-scheduler kubectl; do
-            go build -ldflags "$flags" -o "$partial/$name" "k8s.io/kubernetes/cmd/$name"
+            retry go build -ldflags "$flags" -o "$partial/$name" "k8s.io/kubernetes/cmd/$name"
         done
-        (cd kwok && go build -ldflags "-s -w" -o "$partial/kwok" sigs.k8s.io/kwok/cmd/kwok)
+        (cd kwok && retry go build -ldflags "-s -w" -o "$partial/kwok" sigs.k8s.io/kwok/cmd/kwok)
         stamp=helm.sh/helm/v3/pkg/chartutil # which Kubernetes it takes for granted
         flags="-s -w -X $stamp.k8sVersionMajor=$major -X $stamp.k8sVersionMinor=$minor"
-        (cd helm && go build -ldflags "$flags" -o "$partial/helm" helm.sh/helm/v3/cmd/helm)
+        (cd helm && retry go build -ldflags "$flags" -o "$partial/helm" helm.sh/helm/v3/cmd/helm)
     } >&2
     mv "$partial" "$folder"
 fi
 # Not built: the CustomResourceDefinition of LeaderWorkerSet. Without it, tests use one of their own.
 if [[ ! -f "$folder/leaderworkersets.yaml" ]]; then
-    module=$(cd lws && go mod download -json sigs.k8s.io/lws | sed -n 's|^.*"Dir": "\(.*\)".*|\1|p') || true
+    module=$(cd lws && retry go mod download -json sigs.k8s.io/lws | sed -n 's|^.*"Dir": "\(.*\)".*|\1|p') || true
     install -m 644 "$module/config/crd/bases/leaderworkerset.x-k8s.io_leaderworkersets.yaml" \
         "$folder/leaderworkersets.yaml" || echo "there is no definition of LeaderWorkerSet" >&2
 fi

@@ -284,7 +284,7 @@ async def test_too_many_restarts_of_a_container_fail_the_job(world):
 
 async def test_a_job_that_is_active_too_long_fails(world):
     await world.create(activeDeadlineSeconds=2)
-    await world.some_active(1)
+    await until(lambda: world.seen, "a pod was created")
     await world.conditions_are(*failed("DeadlineExceeded"))
     await world.numbers_are(0, 0, 1)
     await until(lambda: not world.pods, "its pod is gone")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,14 +28,13 @@ def key(monkeypatch) -> Iterator[str]:
     """A key of GnuPG that exists for one test. Its agent's socket needs a short path."""
     if None in map(shutil.which, ("gpg", "go")):
         pytest.skip("needs GnuPG and Go")
-    home = Path(f"/tmp/kubeai-gpg-{os.getpid()}")
-    home.mkdir(mode=0o700)
+    home = Path(tempfile.mkdtemp(prefix="kubeai-gpg-", dir="/tmp"))
     monkeypatch.setenv("GNUPGHOME", str(home))
     name = "release@example.com"
     _gpg("--quick-generate-key", "--passphrase", "", name, "rsa3072", "sign")
     yield name
     subprocess.run(["gpgconf", "--kill", "gpg-agent"], check=False)
-    shutil.rmtree(home)
+    shutil.rmtree(home, ignore_errors=True)  # the agent removes its sockets as well
 
 
 def _gpg(*arguments: str) -> bytes:

@@ -156,10 +156,10 @@ async def test_what_one_replica_serves_counts_for_all(small_fleet):
     await fleet.create(model("m", args=("--decode-tokens-per-second=20",), **quick))
     await until("two are ready", lambda: fleet.settled("m", 2), 40)
     async with Callers() as callers:
-        first = callers.stream(other, "m", tokens=100)
+        first = callers.stream(other, "m", tokens=200)
         await until("it has begun", lambda: loads_are(fleet, 0, 1))
         await until("the third was told", lambda: told(third, 0, 1))
-        second = callers.stream(third, "m", tokens=200)
+        second = callers.stream(third, "m", tokens=400)
         await until("each has one", lambda: loads_are(fleet, 1, 1))
         await until("the leader has seen both for a while", lambda: average_is(fleet, 2.0))
         await fleet.kube.patch(MODELS, "m", {"spec": {"minReplicas": 0}})
@@ -184,7 +184,7 @@ async def test_a_pod_is_drained_by_the_replicas_that_do_not_lead(small_fleet):
     await fleet.create(model("m", args=slow, autoscalingDisabled=True, replicas=1))
     await until("it is ready", lambda: fleet.settled("m", 1), 40)
     async with Callers() as callers:
-        stream = callers.stream(other, "m", tokens=100)
+        stream = callers.stream(other, "m", tokens=200)
         await until("it streams", lambda: loads_are(fleet, 1))
         await fleet.kube.patch(MODELS, "m", {"spec": {"replicas": 0}}, subresource="scale")
         await until("nobody routes to it", lambda: nobody_routes(fleet))

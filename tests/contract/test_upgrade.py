@@ -48,7 +48,7 @@ class Upgrade(Site):
 
     @property
     def values(self) -> dict:
-        gateway = {"keys": {"required": True}, "drainAccept": "1s", "drainTimeout": "30s"}
+        gateway = {"keys": {"required": True}, "drainAccept": "5s", "drainTimeout": "30s"}
         return super().values | {
             "replicaCount": REPLICAS,
             "gateway": gateway,

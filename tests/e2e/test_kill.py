@@ -14,9 +14,9 @@ TOKENS = 60  # 3 s at the model's rate
 SLOW = ("--decode-tokens-per-second=20", "--max-batch=64")
 
 
-def start_chats(session, endpoint, name, count=STREAMS):
+def start_chats(session, endpoint, name, count=STREAMS, tokens=TOKENS):
     return [
-        asyncio.create_task(chat(session, endpoint, name, f"conversation {n}", max_tokens=TOKENS))
+        asyncio.create_task(chat(session, endpoint, name, f"conversation {n}", max_tokens=tokens))
         for n in range(count)
     ]
 
@@ -86,7 +86,7 @@ async def test_killed_worker_fails_only_its_own_requests(tmp_path, session):
     one = model("chat", args=SLOW, minReplicas=1, maxReplicas=1)
     async with running(tmp_path, one, workers=2) as local, local.kube() as kube:
         await ready(kube, "chat", 1)
-        chats = start_chats(session, local.endpoint, "chat")
+        chats = start_chats(session, local.endpoint, "chat", tokens=3 * TOKENS)
         await all_streaming(local)
         before = local.workers()
         assert len(before) == 2
@@ -97,8 +97,8 @@ async def test_killed_worker_fails_only_its_own_requests(tmp_path, session):
             count = await active(local)
             return 0 < count < STREAMS
 
-        await until("the dead worker's requests are counted no more", half_released, 1)
-        await until("it has a successor", lambda: len(set(local.workers()) - {before[0]}) == 2, 2)
+        await until("the dead worker's requests are counted no more", half_released, 4)
+        await until("it has a successor", lambda: len(set(local.workers()) - {before[0]}) == 2, 4)
         answers = await asyncio.gather(*answers_left)
         whole = sum(answer.whole for answer in answers)
         assert 0 < whole < STREAMS

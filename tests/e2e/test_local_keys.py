@@ -98,7 +98,7 @@ async def test_keys_are_created_used_and_revoked_while_it_serves(local):
         )
         other = {"api-key": alice}
         kept = asyncio.create_task(
-            chat(session, local.endpoint, "m", "Hi", max_tokens=100, headers=other)
+            chat(session, local.endpoint, "m", "Hi", max_tokens=300, headers=other)
         )
         await asyncio.sleep(0)
         await until("the streams run", lambda: in_flight(session, local, alice, 2))

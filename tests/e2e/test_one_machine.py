@@ -80,7 +80,11 @@ async def test_two_models_share_a_gpu_and_local_weights(local, tmp_path):
         assert answer.whole, answer
         assert "weights second.safetensors gpus 0" in logs(local, "second")
         assert (await replicas(kube, "first"))[0] == 0
-        assert (await replicas(kube, "second"))[2] == 1
+
+        async def is_ready() -> bool:
+            return (await replicas(kube, "second"))[2] == 1
+
+        await until("its status says so", is_ready)
 
     async with openai.AsyncOpenAI(base_url=local.endpoint, api_key="x", max_retries=0) as client:
         assert "--volume nowhere=DIR" in await refusal(client, "unknown")

@@ -88,7 +88,7 @@ async def get(address: str, path: str) -> tuple[int, str]:
 
 
 async def test_drain_completes_every_stream_and_serves_late_requests(start, streams):
-    fleet = await start(2, drain_accept_s=1.0, drain_timeout_s=20.0)
+    fleet = await start(2, drain_accept_s=3.0, drain_timeout_s=20.0)
     opened = await open_streams(fleet.port, 50)
     assert fleet.counts()["active m"] == 50
     health = fleet.supervisor.health_address
@@ -99,13 +99,13 @@ async def test_drain_completes_every_stream_and_serves_late_requests(start, stre
     while (await get(health, "/readyz"))[0] == 200:
         assert time.monotonic() < began_s + WAIT_S
     late = 0
-    while time.monotonic() < began_s + 0.6:
+    while not late or time.monotonic() < began_s + 0.6:
         try:
             wire = await connect(fleet.port)  # fresh: those that are open may be closed
             await wire.send(post())
             answered = await wire.answer()
         except (Broken, ConnectionError):
-            assert time.monotonic() > began_s + 1.0, "it does not accept any more, and too early"
+            assert time.monotonic() > began_s + 3.0, "it does not accept any more, and too early"
             break
         assert (answered.status, answered.body) == (200, b"here")
         late += answered.one("connection") == "close"

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fakes.fleet import Fleet
 from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, connect, until
+from stalls import Stalls
 
 from kubeai.routing.routes import Endpoint, Route
 
@@ -150,6 +151,7 @@ class Soak:
         self.wrong: list[str] = []
         self.memory: list[list[int]] = []  # per second and worker
         self.last_death_s = 0.0
+        self.stalls = Stalls()  # the engines may have stood still as well, beyond the timeout
         self.tag = 0
         self.engines = [Engine(number) for number in range(ENGINES)]
 
@@ -178,7 +180,8 @@ class Soak:
         files = [descriptors(pid) for pid in pids]
         self.ends_s = time.monotonic() + self.seconds
         others = [asyncio.create_task(each) for each in (self._kill(), self._watch(pids))]
-        await asyncio.gather(*(self._client() for _ in range(CLIENTS)))
+        async with self.stalls.watched():
+            await asyncio.gather(*(self._client() for _ in range(CLIENTS)))
         for task in others:
             task.cancel()
         ends = await asyncio.gather(*others, return_exceptions=True)
@@ -267,7 +270,9 @@ class Soak:
                     what = await self._exchange(wire, request, self.tag, fault)
             except (Broken, ConnectionError):
                 what = "cut"
-                if fault == "none" and self.last_death_s < began_s - BETWEEN_BYTES_S:
+                since_s = began_s - BETWEEN_BYTES_S
+                stalled_s = self.stalls.within_s(since_s, time.monotonic())
+                if fault == "none" and self.last_death_s < since_s and not stalled_s:
                     self.wrong.append("a response was truncated without a reason")
             except TimeoutError:
                 what = "hung"

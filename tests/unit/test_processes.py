@@ -201,7 +201,7 @@ async def body(server):
 """
     stat = Path(f"/proc/{int(run(body))}/stat")
     deadline_s = time.monotonic() + 10
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         while stat.read_text().rpartition(") ")[2][0] != "Z":  # reaped by nobody yet
             assert time.monotonic() < deadline_s
             time.sleep(0.01)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -37,9 +38,15 @@ def program(broker: str, path: str) -> Path:
 
 
 def free_port() -> int:
-    """A port on which nothing listens, for a server that cannot choose one by itself."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
+    """A port on which nothing listens, for a server that cannot choose one by itself.
+
+    It is outside of the ephemeral range: nothing else takes it before the server binds it.
+    """
+    ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10_000, ephemeral)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def accepts(port: int) -> bool:
@@ -127,7 +134,10 @@ class BrokerServer(ABC):
     def _stopped(self) -> bool:
         assert self._process is not None
         stats = Path(f"/proc/{self._process.pid}/task").glob("*/stat")
-        return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in stats)
+        try:
+            return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in stats)
+        except OSError:  # a thread has ended meanwhile
+            return False
 
     def _serves(self) -> bool:
         assert self._process is not None

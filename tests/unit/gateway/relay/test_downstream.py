@@ -151,7 +151,7 @@ async def test_a_head_that_is_too_slow_is_rejected_without_disturbing_others(sta
 
 
 async def test_a_body_that_is_too_slow_is_rejected_and_never_counted(start):
-    running = await start(body_timeout_s=0.05)
+    running = await start(body_timeout_s=0.5)
     wire = await running.client()
     await wire.send(post()[:-1])
     await until(lambda: running.relay.exchanges == 1)

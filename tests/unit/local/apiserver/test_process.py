@@ -330,8 +330,10 @@ def test_a_kubeconfig_stays_valid_across_restarts(tmp_path: Path):
             assert (api.port, kept()) == (port, before)
             assert api.ask("GET", CONFIGS)[0] == 200
             api.end(number)
-    with running(tmp_path, "--port", str(_closed_port())) as api:
-        moved = api.port
+    with running(tmp_path / "other") as other:
+        moved = other.port  # which it chose outside of the ephemeral range
+    with running(tmp_path, "--port", str(moved)) as api:
+        assert api.port == moved
         api.end()
     with running(tmp_path) as api:
         assert api.port == moved
@@ -388,5 +390,5 @@ def test_it_exits_with_its_parent(tmp_path: Path):
 def _is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False

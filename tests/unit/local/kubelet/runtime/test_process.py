@@ -151,10 +151,10 @@ async def test_the_main_process_does_not_outlive_a_killed_shim(start, tmp_path):
     await until(lambda: not is_alive(process.pid))
 
 
-async def test_leftover_processes_are_found_by_the_mark_in_their_environment(start):
-    marked = await start(*PYTHON, "import time; time.sleep(600)", env={"MARK": "/a/data/dir"})
-    other = await start(*PYTHON, "import time; time.sleep(600)", env={"MARK": "/a/data/dir2"})
-    assert kill_leftovers("MARK=/a/data/dir") == 1
+async def test_leftover_processes_are_found_by_the_mark_in_their_environment(start, tmp_path):
+    marked = await start(*PYTHON, "import time; time.sleep(600)", env={"MARK": f"{tmp_path}/dir"})
+    other = await start(*PYTHON, "import time; time.sleep(600)", env={"MARK": f"{tmp_path}/dir2"})
+    assert kill_leftovers(f"MARK={tmp_path}/dir") == 1
     assert (await marked.wait()).signal == signal.SIGKILL
     assert is_alive(other.pid)
 

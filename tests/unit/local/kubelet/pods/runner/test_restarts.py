@@ -98,7 +98,12 @@ async def test_a_failed_liveness_probe_restarts_the_container(run):
         {
             "command": [*PYTHON, "open('status', 'w').write('500')\n" + SERVE],
             "ports": PORTS,
-            "livenessProbe": HTTP | {"failureThreshold": 1, "initialDelaySeconds": 1},
+            "startupProbe": {
+                "tcpSocket": {"port": "http"},
+                "periodSeconds": 1,
+                "failureThreshold": 60,
+            },
+            "livenessProbe": HTTP | {"failureThreshold": 1, "timeoutSeconds": 10},
         }
     )
     await pod.until(lambda: pod.container()["restartCount"] == 1)
