@@ -46,6 +46,7 @@ from kubeai.routing.queueing import Waiting
 
 if TYPE_CHECKING:
     from kubeai._counts import Reservation
+    from kubeai._prompt import Prompt
     from kubeai.gateway.relay._exchange import Pool
     from kubeai.gateway.uploads.upload import Upload
 
@@ -327,18 +328,21 @@ class AdmittedRequest(FastPath):
                 given = asked if given is None else min(given, asked)
         return given or 0
 
+    def _waiting(self, prompt: Prompt, adapter: str | None) -> Waiting:
+        """The request in a Model's queue."""
+        return Waiting(prompt, adapter, self._tenant, self._priority)
+
     async def _hold(self) -> Reservation:
         assert self._admission is not None, "a request is counted before it is held"
-        waiting = Waiting(self._prompt, self._request.adapter, self._tenant, self._priority)
+        waiting = self._waiting(self._prompt, self._request.adapter)
         waiting.number = self._number
         try:
             return await hold(
                 self.context,
                 self._routed,
-                self._request,
-                self._prompt,
+                self._request.model,
+                waiting,
                 self._admission,
-                waiting=waiting,
                 max_wait_s=None if self._max_wait_s is None else self._max_wait_s - self._waited_s,
                 during=self._wait_counted(waiting),
                 request_id=self.request_id,
@@ -361,7 +365,7 @@ class AdmittedRequest(FastPath):
 
         comments = None
         if HoldComments.suit(self._request, self.context.config):
-            phrase = partial(progress, self._routed, self._request, waiting)
+            phrase = partial(progress, self._routed, waiting)
             comments = HoldComments(self, self.context.config, head, phrase)
         try:
             yield

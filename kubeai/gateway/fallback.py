@@ -8,11 +8,14 @@ that can serve it, before anything of an engine's response has reached the clien
 - cannot start (``blocked``);
 - fails: its replicas' responses, or the lack of them, use up the retries (``failing``).
 
-If no fallback can serve at once, the request waits for its own Model and for the fallbacks, one of
-which is started. A request that has crashed its engine does not fall back, nor does one that
-continues a stored response. No Model is tried twice, and a fallback's own fallbacks do not count.
-The response has the name that the client used, and the header X-KubeAI-Model with the Model that
-answered.
+If no fallback can serve at once, the request waits for its own Model and for the fallbacks, in the
+queues of all that have replicas; one that has none is started. A request that has crashed its
+engine does not fall back, nor does one that continues a stored response. No Model is tried twice,
+and a fallback's own fallbacks do not count. The response has the name that the client used, and the
+header X-KubeAI-Model with the Model that answered.
+
+A canary that cannot serve at once is left for the Model that was asked for. There the request goes
+on as if there were no canary.
 
 The Admission moves with the request. Only that of a Model that was not ready stays open, so that
 the Model keeps starting while requests for it are served elsewhere. Proxy, in proxy.py, is the
@@ -24,16 +27,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from typing_extensions import override
 
 from kubeai.gateway._names import bucket_of, prompt_id
 from kubeai.gateway.attempts import AdmittedRequest
 from kubeai.gateway.engine_routes import can_replace
-from kubeai.gateway.holding import CANNOT_START, UNAVAILABLE
+from kubeai.gateway.holding import CANNOT_START, UNAVAILABLE, hold
 from kubeai.gateway.realtime import engines_query
 from kubeai.gateway.relay._exchange import LOST, STATUS
 from kubeai.gateway.retries import check_loss
@@ -68,7 +71,7 @@ _REASONS: dict[str | None, FallbackReason] = {
 class Fallbacks:
     """The Models that a request may still fall back to. Created when it may have to leave its own.
 
-    After a canary, the first of them is the Model that was asked for, and no wait precedes it.
+    At a canary, the first of them is the Model that was asked for.
     """
 
     __slots__ = (
@@ -86,7 +89,7 @@ class Fallbacks:
         names.pop(current.model, None)
         self.untried = list(names)
         self._asked, self._adapter = asked.model, adapter
-        self.wait_s = 0.0 if current.model != asked.model else asked.wait_before_fallback_s
+        self.wait_s = asked.wait_before_fallback_s
         self.leaves = False  # the current attempt has failed, and is the last one at this Model
         self.retry_count = 0  # of the attempts at Models that it has left
         self.admissions: list[Admission] = []  # of Models that were not ready
@@ -200,6 +203,8 @@ class FallbackRequest(AdmittedRequest):
         if not self._others():
             return await super()._hold()
         assert self._fallbacks is not None, "there are others"
+        if (asked := self._model_of_canary()) is not None:
+            return await self._leave_canary(asked)
         timeout_s = self.context.config.hold_timeout_s  # for all Models together
         self._max_wait_s = min(
             timeout_s, math.inf if self._max_wait_s is None else self._max_wait_s
@@ -236,63 +241,61 @@ class FallbackRequest(AdmittedRequest):
 
     async def _wait_for_any(self) -> Reservation:
         """Wait for the current Model and for the fallbacks, of which one is started."""
-        others = self._others()
-        with self._demanded(self._first_at_zero()):
-            while others:
-                left_s = max(0.0, (self._max_wait_s or 0.0) - self._waited_s)
-                found = await self._first_of(others, left_s)
-                if not isinstance(found, int):
-                    return found
-                other = others.pop(found)
-                if reservation := await self._take(other, "not_ready"):
-                    return reservation
-        return await super()._hold()
+        others, started = self._others(), self._first_at_zero()
+        waits = [self._hold_at(other, starts=other is started) for other in others]
+        first, reservation = await _first_of(super()._hold(), *waits)
+        if first == 0:
+            return reservation
+        other = others[first - 1]
+        if self.context.hold_watcher is not None:
+            reservation.release()  # the permission may take long
+            return await self._go_to(other, "not_ready")
+        self._switch(other, self._serve_at(other), "not_ready")
+        return reservation
 
-    async def _first_of(self, others: list[RoutedModel], left_s: float) -> Reservation | int:
-        """A Reservation at the current Model, or which of the others can serve.
-
-        Others that cannot serve within ``left_s`` are ignored.
-        """
-        here = asyncio.ensure_future(super()._hold())
-        ready = [asyncio.ensure_future(self._ready(other, left_s)) for other in others]
-        pending: set[asyncio.Future[None] | asyncio.Future[Reservation]] = {here, *ready}
-        found = None
-        try:
-            while found is None and not here.done():
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                found = next(
-                    (i for i, one in enumerate(ready) if one in done and not one.exception()), None
-                )
-            await _end(*ready, *((here,) if found is not None else ()))
-            if found is not None and (here.cancelled() or here.exception() is not None):
-                return found
-            return here.result()
-        except asyncio.CancelledError:
-            await _end(here, *ready)
-            if not here.cancelled() and here.exception() is None:
-                here.result().release()
-            raise
-
-    async def _ready(self, other: RoutedModel, left_s: float) -> None:
-        """Return once another Model has an endpoint; an exception if it has none in time."""
+    async def _hold_at(self, other: RoutedModel, *, starts: bool) -> Reservation:
+        """Wait at another Model: until it has an endpoint, then in its queue."""
         adapter = self._adapter_at(other)
-        async with asyncio.timeout(left_s):
-            while not other.can_serve(adapter):
-                await other.changes.next()
+        left_s = max(0.0, (self._max_wait_s or 0.0) - self._waited_s)
+        deadline_s = asyncio.get_running_loop().time() + left_s
+        async with asyncio.timeout_at(deadline_s):
+            with self._demanded(other) if starts else contextlib.nullcontext():
+                while not other.can_serve(adapter):
+                    await other.changes.next()
+        waiting = self._waiting(self._prompt_at(other), adapter)
+        left_s = deadline_s - asyncio.get_running_loop().time()
+        with contextlib.closing(other.admit(self.context.request_type)) as admission:
+            return await hold(
+                self.context, other, self._request.model, waiting, admission, max_wait_s=left_s
+            )
 
     @contextlib.contextmanager
-    def _demanded(self, other: RoutedModel | None) -> Iterator[None]:
+    def _demanded(self, other: RoutedModel) -> Iterator[None]:
         """Count the request as waiting for another Model too, which starts a replica of it."""
-        if other is None:
+        with contextlib.closing(other.admit(self.context.request_type)) as admission:
+            admission.hold()
+            self.context.demand(other.route.model)
             yield
-            return
-        admission = other.admit(self.context.request_type)
-        admission.hold()
-        self.context.demand(other.route.model)
+
+    # -- leaving a canary --------------------------------------------------------------------------
+
+    def _model_of_canary(self) -> RoutedModel | None:
+        """The Model that was asked for, if the request is at its canary."""
+        asked = self._asked
+        if asked is None or self._routed.route.model != asked.route.canary:
+            return None
+        return next((o for o in self._others() if o.route.model == asked.route.model), None)
+
+    async def _leave_canary(self, asked: RoutedModel) -> Reservation:
+        """Demand the canary, which cannot serve at once, and have its Model serve the request."""
         try:
-            yield
-        finally:
-            admission.close()
+            async with asyncio.timeout(0):
+                return await super()._hold()
+        except TimeoutError:
+            reason: FallbackReason = "saturated" if self._is_saturated() else "not_ready"
+        except BadRequest as error:
+            reason = _REASONS.get(error.code) or "not_ready"
+        return await self._go_to(asked, reason)
 
     # -- falling back ------------------------------------------------------------------------------
 
@@ -333,13 +336,21 @@ class FallbackRequest(AdmittedRequest):
 
     async def _fall_back(self, reason: FallbackReason, error: BadRequest) -> Reservation:
         """Leave the current Model, which cannot serve the request. ``error``: if none else can."""
+        if (asked := self._model_of_canary()) is not None:
+            return await self._go_to(asked, reason)
         if reservation := await self._take_first(reason):
             return reservation
         other = next(filter(self._may_answer, self._others()), None)
         if other is None:
             raise error
-        self._request.serve_as(other.route.model, self._adapter_at(other))
-        self._switch(other, self._prompt_for(other), reason)
+        self._switch(other, self._serve_at(other), reason)
+        return await self._hold()
+
+    async def _go_to(self, other: RoutedModel, reason: FallbackReason) -> Reservation:
+        """Leave the current Model for another one, and wait there if necessary."""
+        if reservation := await self._take(other, reason):
+            return reservation
+        self._switch(other, self._serve_at(other), reason)
         return await self._hold()
 
     async def _take_first(self, reason: FallbackReason) -> Reservation | None:
@@ -353,23 +364,28 @@ class FallbackRequest(AdmittedRequest):
         watcher = self.context.hold_watcher
         if watcher is not None:
             await watcher.on_endpoint(self.request_id)
-        request = self._request
-        before = request.name, request.adapter
-        request.serve_as(other.route.model, self._adapter_at(other))
-        prompt = self._prompt_for(other)
+        adapter, prompt = self._adapter_at(other), self._prompt_at(other)
         candidates = self._candidates
         if candidates is not None:
-            candidates = other.picker.explain(prompt, request.adapter)
-        reservation = other.pick_new(prompt, request.adapter, self._tenant)
+            candidates = other.picker.explain(prompt, adapter)
+        reservation = other.pick_new(prompt, adapter, self._tenant)
         if reservation is None:
-            request.serve_as(*before)
             return None
-        self._switch(other, prompt, reason)
+        self._switch(other, self._serve_at(other), reason)
         self._candidates = candidates
         return reservation
 
-    def _prompt_for(self, other: RoutedModel) -> Prompt:
-        """The prompt as the other Model's strategy needs it."""
+    def _prompt_at(self, other: RoutedModel) -> Prompt:
+        """The prompt as another Model's strategy needs it."""
+        request = self._request
+        before = request.name, request.adapter
+        prompt = self._serve_at(other)
+        request.serve_as(*before)
+        return prompt
+
+    def _serve_at(self, other: RoutedModel) -> Prompt:
+        """Name another Model in the request, and return the prompt as its strategy needs it."""
+        self._request.serve_as(other.route.model, self._adapter_at(other))
         if self._payload is None or len(self._payload) > openai.LARGE_BYTES:
             return self._prompt  # its length counts; reading it again would block the event loop
         return openai.prompt_of(other.picker, self._request, self.context.logs_prompts)
@@ -430,8 +446,30 @@ class FallbackRequest(AdmittedRequest):
         return super().retry_count + (0 if fallbacks is None else fallbacks.retry_count)
 
 
-async def _end(*tasks: asyncio.Future[None] | asyncio.Future[Reservation]) -> None:
-    """Cancel tasks, and wait until they have ended."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+async def _first_of(
+    here: Coroutine[Any, Any, Reservation], *others: Coroutine[Any, Any, Reservation]
+) -> tuple[int, Reservation]:
+    """The first Reservation that one of several waits has, and which one: 0 is ``here``.
+
+    The exception of ``here`` if it ends before that; those of the others are ignored.
+    """
+    tasks = [asyncio.ensure_future(wait) for wait in (here, *others)]
+    first = None
+    try:
+        while first is None and not tasks[0].done():
+            pending = [task for task in tasks if not task.done()]
+            await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            first = next(filter(_has_reservation, tasks), None)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for task in tasks:
+            if task is not first and _has_reservation(task):
+                task.result().release()
+    first = first or tasks[0]
+    return tasks.index(first), first.result()
+
+
+def _has_reservation(task: asyncio.Future[Reservation]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None

@@ -24,7 +24,6 @@ from kubeai.routing.queueing import Blocked, Displaced, ModelGone, NoEndpoint, W
 
 if TYPE_CHECKING:
     from kubeai._counts import Admission, Reservation
-    from kubeai._prompt import Prompt
     from kubeai.api.config.system import GatewayConfig
     from kubeai.gateway.context import Context
     from kubeai.gateway.relay._early import EarlyStream
@@ -60,11 +59,10 @@ def advice(error: BadRequest) -> dict[str, str]:
 async def hold(
     context: Context,
     routed: RoutedModel,
-    request: InferenceRequest,
-    prompt: Prompt,
+    model: str,
+    waiting: Waiting,
     admission: Admission,
     *,
-    waiting: Waiting | None = None,
     max_wait_s: float | None = None,
     during: contextlib.AbstractContextManager[None] | None = None,
     request_id: str = "",
@@ -74,23 +72,22 @@ async def hold(
     The request is counted as held while it waits, and a replica of the model is demanded if it has
     none. A model that is known to be unable to start is neither waited for nor scaled up. If too
     many requests wait, one of a lower priority or of a tenant with more requests gets 429, or this
-    one 503. ``waiting``: the request in the queue, with its tenant and priority. ``max_wait_s``:
-    the client's own limit, below ``holdTimeout``. ``during``: entered while the request waits.
+    one 503. ``model``: as the client named it. ``waiting``: the request in the queue.
+    ``max_wait_s``: the client's own limit, below ``holdTimeout``. ``during``: entered meanwhile.
     ``request_id``: for the context's ``hold_watcher``.
     """
     loop = asyncio.get_running_loop()
-    waiting = waiting or Waiting(prompt, request.adapter)
-    watcher = _Watcher(context, routed, request, request_id)
+    watcher = _Watcher(context, routed, waiting, request_id)
     watcher.on_hold()
-    block = routed.block(request.adapter)
+    block = routed.block(waiting.adapter)
     if block is not None and block.fails_at_s <= loop.time():
-        raise _blocked(routed, request, block)
-    if not context.hold(request.name, displaces=partial(routed.queue.displace, waiting)):
-        log.warning("too many held requests", model=request.name)
-        raise _too_many(routed, request)
+        raise _blocked(routed, model, block)
+    if not context.hold(routed.model, displaces=partial(routed.queue.displace, waiting)):
+        log.warning("too many held requests", model=routed.model)
+        raise _too_many(routed, model)
     admission.hold()
-    if not routed.can_serve(request.adapter):
-        context.demand(request.name)
+    if not routed.can_serve(waiting.adapter):
+        context.demand(routed.model)
     timeout_s = context.config.hold_timeout_s
     if max_wait_s is not None:
         timeout_s = min(timeout_s, max(0.0, max_wait_s))
@@ -99,26 +96,25 @@ async def hold(
         with during or contextlib.nullcontext():
             reservation = await routed.queue.wait(waiting, deadline_s)
             while not await watcher.permits(reservation):
-                reservation = routed.pick(prompt, request.adapter) or await routed.queue.wait(
-                    waiting, deadline_s
-                )
+                picked = routed.pick(waiting.prompt, waiting.adapter)
+                reservation = picked or await routed.queue.wait(waiting, deadline_s)
             return reservation
     except Blocked as blocked:
-        raise _blocked(routed, request, blocked.block) from None
+        raise _blocked(routed, model, blocked.block) from None
     except NoEndpoint:
-        raise _timed_out(routed, request) from None
+        raise _timed_out(routed, model, waiting.adapter) from None
     except Displaced:
-        raise _displaced(routed, request) from None
+        raise _displaced(routed, model, waiting.adapter) from None
     except ModelGone:
-        raise model_not_found(request.model) from None
+        raise model_not_found(model) from None
     finally:
         admission.unhold()
-        context.unhold(request.name)
+        context.unhold(routed.model)
 
 
-def _too_many(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
+def _too_many(routed: RoutedModel, model: str) -> BadRequest:
     return BadRequest(
-        f"Too many requests are waiting for the model {request.model!r}.",
+        f"Too many requests are waiting for the model {model!r}.",
         status=503,
         code="overloaded",
         retry_after_s=_retry_after_s(routed),
@@ -133,11 +129,11 @@ class _Watcher:
     """
 
     def __init__(
-        self, context: Context, routed: RoutedModel, request: InferenceRequest, request_id: str
+        self, context: Context, routed: RoutedModel, waiting: Waiting, request_id: str
     ) -> None:
         self._watcher = context.hold_watcher
         self._routed = routed
-        self._adapter = request.adapter
+        self._adapter = waiting.adapter
         self._request_id = request_id
         self._is_held = False
 
@@ -161,57 +157,55 @@ class _Watcher:
         return False
 
 
-def _timed_out(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
-    if routed.can_serve(request.adapter):
-        return _saturated(routed, request)
-    message = f"No replica of the model {request.model!r} became ready in time."
-    block = routed.block(request.adapter)
+def _timed_out(routed: RoutedModel, model: str, adapter: str | None) -> BadRequest:
+    if routed.can_serve(adapter):
+        return _saturated(routed, model)
+    message = f"No replica of the model {model!r} became ready in time."
+    block = routed.block(adapter)
     if block is not None:
         message += f" {block.reason}: {block.message}"
-    log.warning("no endpoint became ready", model=request.model, reason=block and block.reason)
+    log.warning("no endpoint became ready", model=model, reason=block and block.reason)
     retry_after_s = _retry_after_s(routed)
     return BadRequest(message, status=504, code="timeout", retry_after_s=retry_after_s)
 
 
-def _saturated(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
+def _saturated(routed: RoutedModel, model: str) -> BadRequest:
     suppressed = _refusals.take(time.monotonic())
     if suppressed is not None:
         waiting = len(routed.queue)
-        log.warning(
-            "no endpoint had room", model=request.model, waiting=waiting, suppressed=suppressed
-        )
+        log.warning("no endpoint had room", model=model, waiting=waiting, suppressed=suppressed)
     return BadRequest(
-        f"All replicas of the model {request.model!r} were busy until the end of the wait.",
+        f"All replicas of the model {model!r} were busy until the end of the wait.",
         status=504,
         code="timeout",
         retry_after_s=RETRY_AFTER_S,
     )
 
 
-def _displaced(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
+def _displaced(routed: RoutedModel, model: str, adapter: str | None) -> BadRequest:
     suppressed = _refusals.take(time.monotonic())
     if suppressed is not None:
-        log.warning("request displaced", model=request.model, suppressed=suppressed)
+        log.warning("request displaced", model=model, suppressed=suppressed)
     return BadRequest(
-        f"Too many requests are waiting for the model {request.model!r}. One of a higher priority, "
+        f"Too many requests are waiting for the model {model!r}. One of a higher priority, "
         "or of a tenant with fewer waiting requests, has taken the place of this one.",
         status=429,
         code=QUEUE_FULL,
-        retry_after_s=None if routed.can_serve(request.adapter) else _retry_after_s(routed),
+        retry_after_s=None if routed.can_serve(adapter) else _retry_after_s(routed),
     )
 
 
-def _blocked(routed: RoutedModel, request: InferenceRequest, block: Block) -> BadRequest:
+def _blocked(routed: RoutedModel, model: str, block: Block) -> BadRequest:
     suppressed = _refusals.take(time.monotonic())
     if suppressed is not None:
         log.warning(
             "model cannot be served",
-            model=request.model,
+            model=model,
             reason=block.reason,
             suppressed=suppressed,
         )
     return BadRequest(
-        f"The model {request.model!r} cannot be served. {block.reason}: {block.message}",
+        f"The model {model!r} cannot be served. {block.reason}: {block.message}",
         status=503,
         code=UNAVAILABLE if block.retry else CANNOT_START,
         retry_after_s=_retry_after_s(routed),
@@ -227,13 +221,13 @@ def _retry_after_s(routed: RoutedModel) -> int | None:
 # -- comments --------------------------------------------------------------------------------------
 
 
-def progress(routed: RoutedModel, request: InferenceRequest, waiting: Waiting) -> str:
+def progress(routed: RoutedModel, waiting: Waiting) -> str:
     """What a held request waits for, as a short phrase."""
     place, total = routed.queue.place(waiting)
     in_queue = f", place {place} of {total} in the queue" if total > 1 else ""
-    if routed.can_serve(request.adapter):
+    if routed.can_serve(waiting.adapter):
         return f"all replicas are busy{in_queue}"
-    if request.adapter is not None and routed.route.endpoints:
+    if waiting.adapter is not None and routed.route.endpoints:
         return "loading the adapter"
     return (routed.route.progress or "starting") + in_queue
 

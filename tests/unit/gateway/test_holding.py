@@ -19,6 +19,7 @@ from kubeai.openai.errors import BadRequest
 from kubeai.openai.request import named, read
 from kubeai.openai.routes import Kind
 from kubeai.routing.publisher import Publisher
+from kubeai.routing.queueing import Waiting
 from kubeai.routing.routes import Block, Endpoint, Route
 from kubeai.routing.table import RoutingTable
 
@@ -65,8 +66,9 @@ class Worker:
         routed = self.table.find("m")
         admission = routed.admit()
         ask = named(Kind.CHAT, model)
+        waiting = Waiting(Prompt(), ask.adapter)
         try:
-            reservation = await hold(self.context, routed, ask, Prompt(), admission)
+            reservation = await hold(self.context, routed, model, waiting, admission)
         except BadRequest as error:
             return error, loop.time() - began_s
         finally:
