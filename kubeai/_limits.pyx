@@ -1,6 +1,6 @@
 """What a worker counts for the limits of API keys: one :class:`Charge` for each request.
 
-:func:`take` compares what a key has used, at all workers and replicas, with its limits, and counts
+:func:`take` compares what a key has used, at all KubeAI replicas, with its limits, and counts
 the request if it is within them. The request then counts as in flight until it ends, and its tokens
 are reserved from an estimate. :meth:`Charge.end` replaces the estimate by what was used. Tokens
 that were reserved in vain are given back to the interval that they were reserved in, so that they

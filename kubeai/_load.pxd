@@ -145,7 +145,7 @@ cdef struct Header:
     uint64_t columns
     uint64_t rows_used  # rows from this index on were never opened
     uint64_t peers  # number of other KubeAI replicas that pick for the same models
-    uint64_t phase  # where this replica starts breaking ties between endpoints
+    uint64_t phase  # where this KubeAI replica starts breaking ties between endpoints
     uint64_t spare[1]
 
 
@@ -213,7 +213,7 @@ cdef class LoadTable(SharedTable):
         return sum_row(self.load_cells + row * self.stride, self.columns)
 
     cdef inline uint64_t _here(self, size_t row) noexcept:
-        """A row's load without that of the other replicas."""
+        """A row's load without that of the peers."""
         return sum_row(self.load_cells + row * self.stride, self.columns - 1)
 
     cdef inline int64_t _expected(self, size_t row, int64_t per_request) noexcept:

@@ -17,8 +17,8 @@ wrap after 16 times the size of the cache; an entry that is not overwritten unti
 again. An endpoint that loses its cache, because its engine restarts, gets a new epoch: entries of
 another epoch do not count.
 
-Each worker also has a log of what it has sent, which the supervisor reports to the other replicas of
-KubeAI; they note it in their own indexes.
+Each worker also has a log of what it has sent, which the supervisor reports to the
+peers; they note it in their own indexes.
 
 All of this is a belief about the engines. Two workers that write one bucket at the same instant may
 lose an entry, and different blocks may have equal parts of their hashes (one lookup of a block in two

@@ -11,7 +11,7 @@ must go to the request that is first in all of them, so the queues share three t
 - *Waits*: the requests in the queues and how long requests waited, by class of priority.
 
 Like in the load table, each cell has one writer: the worker of its column, or for the last column the
-supervisor, which records the first of the other replicas' heads and their latest time. The virtual
+supervisor, which records the first of the peers' heads and their latest time. The virtual
 time and a tenant's account are the maxima over the columns, so no lock is needed, and two workers
 that serve a tenant at the same instant lose the charge for one request. Accounts are hashed: tenants of which 48
 bits of the hash are equal share an account, and one that takes another's place makes it start now.
@@ -100,7 +100,7 @@ cdef class QueueTable(SharedTable):
     def __cinit__(self):
         cdef int column
         self.what = "queue table"
-        self.shared_columns = 1  # the other replicas'
+        self.shared_columns = 1  # the peers'
         for column in range(WORKERS_MAX):
             self.wake_fd_of[column] = -1
 
@@ -372,7 +372,7 @@ cdef class QueueTable(SharedTable):
         return earliest
 
     cdef bint is_any_waiting(self, Py_ssize_t row, bint blocked_too) noexcept:
-        """Whether a request waits in this replica."""
+        """Whether a request waits in this KubeAI replica."""
         cdef uint64_t head
         cdef int column
         for column in range(self.columns - 1):

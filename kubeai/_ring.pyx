@@ -385,7 +385,7 @@ cdef class Ring:
         return reservation
 
     cdef void _turn(self, Members members) noexcept:
-        """Set the cursor of the first pick; it differs between replicas."""
+        """Set the cursor of the first pick; it differs between KubeAI replicas."""
         if members.cursor < 0:
             members.cursor = <int32_t> (get_u64(&self.table.header.phase) % members.n)
 

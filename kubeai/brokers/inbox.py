@@ -1,7 +1,7 @@
 """Messages that have arrived for a ``receive`` and that none has taken yet.
 
 What a broker was asked for may arrive after the ``receive`` that has asked was cancelled. The next
-one gets it; if there is none within ``UNCLAIMED_S``, it is released, for the other replicas.
+one gets it; if there is none within ``UNCLAIMED_S``, it is released, for other KubeAI replicas.
 """
 
 from __future__ import annotations

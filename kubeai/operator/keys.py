@@ -39,7 +39,7 @@ class Known(msgspec.Struct, frozen=True):
 
 
 class Emit(Protocol):
-    """Writes an Event about a Secret, if this replica leads. See :meth:`Events.emit`."""
+    """Writes an Event about a Secret, if this KubeAI replica leads. See :meth:`Events.emit`."""
 
     def __call__(self, subject: Known, reason: str, message: str, *, warning: bool) -> None:
         """Queue the Event."""
@@ -101,7 +101,7 @@ class Keys:
         self._set(secret.metadata.name, None if kind == "DELETED" else _known(secret))
 
     def report(self) -> None:
-        """Emit the Events about all unusable Secrets; for a replica that begins to lead."""
+        """Emit the Events about all unusable Secrets; for a KubeAI replica that begins to lead."""
         for name, (reason, message) in self._problems.items():
             self._emit(self._secrets[name], reason, message, warning=True)
 

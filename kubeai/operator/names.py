@@ -6,8 +6,8 @@ such an adapter (``<model>_<adapter>``), or the oldest that lists it as an alias
 younger to an older Model of a cycle; so no cycle is left. One that names no Model is reported, and
 counts as soon as there is such a Model.
 
-:class:`Names` follows all Models. The operator of every replica feeds it and publishes the result,
-and the leader writes it to the Models' conditions.
+:class:`Names` follows all Models. The operator of every KubeAI replica feeds it and publishes the
+result, and the leader writes it to the Models' conditions.
 """
 
 from __future__ import annotations

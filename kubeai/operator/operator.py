@@ -1,6 +1,6 @@
 """The control plane of one KubeAI replica: wires store, routes, leader, controller and scaling.
 
-Every replica watches Models, pods and API keys, publishes routes and keys, and scales Models up
+Each watches Models, pods and API keys, publishes routes and keys, and scales Models up
 from zero on demand. Only the leader reconciles and autoscales. The supervisor creates one Operator,
 runs it, and reads `synced`.
 """
@@ -117,7 +117,7 @@ class Operator:
 
     @property
     def leads(self) -> bool:
-        """Whether this replica is the leader."""
+        """Whether this KubeAI replica is the leader."""
         return self.leader.leads
 
     def demand(self, model: str) -> None:

@@ -92,7 +92,7 @@ class Refusals:
         self._podless.pop(uid, None)
 
     def stopped_leading(self) -> None:
-        """This replica is no longer the leader."""
+        """This KubeAI replica is no longer the leader."""
         self._podless.clear()
 
     async def run(self) -> None:

@@ -1,11 +1,11 @@
-"""Writes spec.replicas: any replica scales from zero at once, the leader scales up and down.
+"""Writes spec.replicas: any KubeAI replica scales from zero at once, the leader scales up and down.
 
 :class:`Activator` scales a Model up from zero on demand. This is the only write that needs no
 leadership: the patch carries the Model's resourceVersion, so only a real 0 → 1 transition is
-accepted, even if several replicas try or one has stale data. :class:`Scaler` runs the autoscaler
-and, on one machine, swaps Models.
-Every replica collects samples, so that it has a history when it becomes the leader. Only the leader
-writes, and it stores its averages in a ConfigMap for a next leader that has just started.
+accepted, even if several KubeAI replicas try or one has stale data. :class:`Scaler` runs the
+autoscaler and, on one machine, swaps Models.
+Every KubeAI replica collects samples, so that it has a history when it becomes the leader. Only the
+leader writes, and it stores its averages in a ConfigMap for a next leader that has just started.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Loads(PodLoads, Protocol):
         ...
 
     def held(self, model: str) -> int:
-        """Requests that wait for an endpoint in this replica."""
+        """Requests that wait for an endpoint in this KubeAI replica."""
         ...
 
     def ended(self, model: str) -> int:
@@ -173,7 +173,7 @@ class _State(msgspec.Struct, rename="camel"):
 
 
 class Scaler:
-    """Feeds the autoscaler with samples and, while this replica leads, patches spec.replicas."""
+    """Feeds the autoscaler with samples and, while this process leads, patches spec.replicas."""
 
     def __init__(
         self,

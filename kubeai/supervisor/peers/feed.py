@@ -1,4 +1,4 @@
-"""Streams this replica's own loads to the other replicas as they change.
+"""Streams this KubeAI replica's own loads to the peers as they change.
 
 Owns the stream of ``GET /loads``. It reads the load table every ``TICK_S``, but only while there
 are listeners. A slow listener gets fewer and larger frames, never a longer queue.
@@ -25,14 +25,14 @@ LISTENERS_MAX = 64
 WRITE_TIMEOUT_S = 5.0
 # Prompts that a tick reports: the newest of each worker, at most 1,280 per second and, at 10 blocks
 # each, some 130 KB. A listener that is late or new gets the newest SENT_MAX. A prompt that is left
-# out costs worse picks until a replica sends a similar one itself.
+# out costs worse picks until a KubeAI replica sends a similar one itself.
 SENT_PER_TICK_MAX = 64
 SENT_MAX = 2048
 GONE_MAX_ENDPOINTS = 10_000  # removed endpoints kept, so that listeners can be sent GONE
 
 
 class Feed:
-    """This replica's loads by name, and in which frame each last changed."""
+    """This KubeAI replica's loads by name, and in which frame each last changed."""
 
     def __init__(
         self,
