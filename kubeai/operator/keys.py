@@ -1,9 +1,9 @@
 """The API keys of the namespace: Secrets with the label ``kubeai.org/api-key: "true"``.
 
-:class:`Keys` watches them, and decides which have a key. Of several Secrets with the same key, the
-oldest has it, and the others have none until it is gone. A Secret that is not usable, or is being
-deleted, has no key either. Every replica watches, because each has workers that check keys; only
-the leader writes Events about unusable Secrets, and all log them.
+:class:`KeyWatch` watches them, and decides which have a key. Of several Secrets with the same key,
+the oldest has it, and the others have none until it is gone. A Secret that is not usable, or is
+being deleted, has no key either. Every KubeAI replica watches, because each has workers that
+check keys; only the leader writes Events about unusable Secrets, and all log them.
 
 Keys themselves are not kept, only their digests. While the API cannot be reached, keys stay as they
 are.
@@ -46,7 +46,7 @@ class Emit(Protocol):
         ...
 
 
-class Keys:
+class KeyWatch:
     """Follows the Secrets. ``publish(name, key)`` is called for each change of a Secret's key.
 
     When several change at once, those that lose their key are published first.

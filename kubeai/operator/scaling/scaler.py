@@ -30,7 +30,7 @@ from kubeai.operator.events import Events
 from kubeai.operator.leader import Leadership, NotLeader
 from kubeai.operator.plan import bounded
 from kubeai.operator.scaling.autoscaler import Autoscaler, Decision, Sample
-from kubeai.operator.scaling.swap import Swap, View
+from kubeai.operator.scaling.swap import ModelLoad, Swap
 from kubeai.operator.scaling.timeline import Timeline
 from kubeai.operator.store import Store
 
@@ -257,8 +257,8 @@ class Scaler:
         await self._save({name: decision.average for name, decision in decisions.items()})
 
     async def _make_room(self, swap: Swap, now_s: float) -> None:
-        views = [
-            View(
+        loads = [
+            ModelLoad(
                 model,
                 [p for p in self._store.pods_of(name) if p.owner == model.metadata.uid],
                 self._loads.active(name),
@@ -266,7 +266,7 @@ class Scaler:
             )
             for name, model in self._store.models.items()
         ]
-        for eviction in swap.step(views, now_s):
+        for eviction in swap.step(loads, now_s):
             model = self._store.models.get(eviction.model)
             if model is None or self._loads.active(eviction.model):
                 continue  # a request has arrived since the sample was taken
