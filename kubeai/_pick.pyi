@@ -53,8 +53,8 @@ class Picker:
         self, prompt: Prompt, adapter: str | None = None, exclude: Iterable[str] = ()
     ) -> Reservation | None:
         """Like ``pick``, but full endpoints can be picked too."""
-    def has_room(self, adapter: str | None = None, places: int = 1) -> bool:
-        """Whether the endpoints that serve the adapter have room for ``places`` more requests.
+    def has_room(self, adapter: str | None = None, requests: int = 1) -> bool:
+        """Whether the endpoints that serve the adapter have room for ``requests`` more.
 
         Ejected endpoints count too.
         """

@@ -166,7 +166,7 @@ cdef class Picker:
         finally:
             self.ring.capacity = self.capacity
 
-    cpdef bint has_room(self, str adapter=None, int64_t places=1):
+    cpdef bint has_room(self, str adapter=None, int64_t requests=1):
         """See the stub."""
         cdef Members members = self.ring._members(adapter)
         cdef int32_t at
@@ -175,10 +175,10 @@ cdef class Picker:
         if not self.capacity:
             return members.n > 0
         for at in range(members.n):
-            places -= max(
+            requests -= max(
                 0, self.capacity - in_flight_of(self.ring.table._load(members.rows[at]))
             )
-            if places <= 0:
+            if requests <= 0:
                 return True
         return False
 

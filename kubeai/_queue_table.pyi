@@ -84,7 +84,7 @@ class QueueTable(SharedTable):
     def is_waiting(self, row: int, blocked_too: bool = True) -> bool:
         """Whether a request waits for a model in any worker of this KubeAI replica."""
     def notify(self, row: int) -> None:
-        """Wake the workers that can use a free place at one of a model's endpoints."""
+        """Wake the workers that can use free capacity at one of a model's endpoints."""
     def wake(self, column: int) -> None:
         """Wake a worker; columns out of range are ignored."""
     def take_wakes(self) -> int:

@@ -7,8 +7,8 @@ as many requests in flight as they can serve well, the route's ``capacity`` (it 
 its head only if no other worker's comes first (``_queue_table``), and otherwise wakes that worker.
 
 A dispatch happens when a request arrives, when the route changes, when this worker is woken because
-a place is free, and on each tick of the server, in case a wake-up was lost. A worker that does not
-serve its head, because it is stopped or hangs, is passed from the second tick on.
+an endpoint has room, and on each tick of the server, in case a wake-up was lost. A worker that
+does not serve its head, because it is stopped or hangs, is passed from the second tick on.
 
 Peers learn of this one's first request with a delay, and of free capacity too. While theirs
 comes first, room for one request is left free for it, until the second tick at the latest.

@@ -16,7 +16,7 @@ from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai._queue_table import QueueTable
 from kubeai._readings import Readings
-from kubeai.routing.publisher import Owner, Publisher
+from kubeai.routing.publisher import Publisher, RowOwner
 from kubeai.supervisor.peers import wire
 from kubeai.supervisor.peers.key_uses import KeyFeed
 
@@ -53,7 +53,7 @@ class Feed:
         self._heads: dict[int, wire.Head] = {}  # by row, as last read
         self._readings = Readings(table)
         self._frames = 0  # number of the latest frame with changes
-        self._changed: OrderedDict[Owner, int] = OrderedDict()  # owner → frame, oldest first
+        self._changed: OrderedDict[RowOwner, int] = OrderedDict()  # owner → frame, oldest first
         self._sent: deque[tuple[int, wire.SentPrompt]] = deque(maxlen=SENT_MAX)  # (frame, prompt)
         self._memo = (-1, -1, b"")  # (since, until, bytes), shared by listeners that keep up
         self._listeners = 0
@@ -100,7 +100,7 @@ class Feed:
         rows = before.keys() | self._heads.keys()
         return [row for row in rows if before.get(row) != self._heads.get(row)]
 
-    def freed(self, owners: Collection[Owner]) -> None:
+    def freed(self, owners: Collection[RowOwner]) -> None:
         """A row of each owner was freed. An owner without rows is reported as gone."""
         if self._listeners:
             self._note(owners)
@@ -109,7 +109,7 @@ class Feed:
                 if owner not in self._publisher.rows_of:
                     self._changed.pop(owner, None)
 
-    def _note(self, touched: Collection[Owner]) -> None:
+    def _note(self, touched: Collection[RowOwner]) -> None:
         if not touched:
             return
         self._frames += 1

@@ -24,7 +24,7 @@ from kubeai._queue_table import QueueTable
 from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.logs import get_logger
-from kubeai.routing.publisher import Owner, Publisher
+from kubeai.routing.publisher import Publisher, RowOwner
 from kubeai.supervisor.peers import wire
 from kubeai.supervisor.peers.discovery import Discovery
 from kubeai.supervisor.peers.feed import TICK_S, Feed
@@ -145,7 +145,7 @@ class Peers:
         if self._uses is not None:
             self._uses.put(name)
 
-    def freed(self, owners: Collection[Owner]) -> None:
+    def freed(self, owners: Collection[RowOwner]) -> None:
         """A load table row of each of these owners has been freed."""
         self._feed.freed(owners)
 
@@ -273,7 +273,7 @@ class Peers:
             total_pending += pending
         self._table.set_peers(route.row, route.generation, total, total_pending)
         if self._queues is not None:
-            self._queues.notify(route.row)  # places may be free
+            self._queues.notify(route.row)  # there may be room
 
     # -- the queue table's column ------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ class Peers:
         head = self._view.queue(model)
         if head is None:
             self._queues.clear_peers(route.row)
-            self._queues.notify(route.row)  # a place was left free for it
+            self._queues.notify(route.row)  # room was left free for it
             return
         priority, start, now = head
         self._queues.advance(route.row, now)
