@@ -47,7 +47,7 @@ def live():
     return live_charges
 
 
-cdef inline void add(uint64_t *slots, uint64_t interval, int64_t by) noexcept:
+cdef inline void add_to_interval(uint64_t *slots, uint64_t interval, int64_t by) noexcept:
     """Add to what was counted in an interval; never below 0.
 
     A later interval is begun. Nothing is taken from one that has been overwritten.
@@ -158,9 +158,9 @@ cdef class Charge:
     cdef void _begin(self) noexcept:
         cdef Cell *cell = self.cell
         put_i64(&cell.in_flight, get_i64(&cell.in_flight) + 1)
-        add(cell.requests, self.interval, 1)
+        add_to_interval(cell.requests, self.interval, 1)
         if self.tokens:
-            add(cell.tokens, self.interval, self.tokens)
+            add_to_interval(cell.tokens, self.interval, self.tokens)
         put_u32(self.stamp, get_u32(self.stamp) + 1)
 
     cdef void _end(self, int64_t tokens) noexcept:
@@ -177,9 +177,11 @@ cdef class Charge:
             put_i64(&cell.in_flight, in_flight - 1)
         tokens = min(tokens, <int64_t> REQUEST_TOKENS_MAX)
         if tokens > self.tokens:
-            add(cell.tokens, moment_of(self.table.now_s()).interval, tokens - self.tokens)
+            add_to_interval(
+                cell.tokens, moment_of(self.table.now_s()).interval, tokens - self.tokens
+            )
         elif 0 <= tokens < self.tokens:
-            add(cell.tokens, self.interval, tokens - self.tokens)
+            add_to_interval(cell.tokens, self.interval, tokens - self.tokens)
         put_u32(self.stamp, get_u32(self.stamp) + 1)
 
     def end(self, int64_t tokens=-1):

@@ -216,8 +216,8 @@ cdef class LoadTable(SharedTable):
         """A row's load without that of the peers."""
         return sum_row(self.load_cells + row * self.stride, self.columns - 1)
 
-    cdef inline int64_t _expected(self, size_t row, int64_t per_request) noexcept:
-        """A row's work, assuming that peers have made as many unreported picks as this replica."""
+    cdef inline int64_t _expected_work(self, size_t row, int64_t per_request) noexcept:
+        """A row's work, assuming that peers have made as many unreported picks as we."""
         cdef int64_t here = work_of(self._here(row), per_request) << SETTLED_BITS
         cdef int64_t reported = get_i64(&self.settled[row].pending)
         reported += per_request * get_i64(&self.settled[row].in_flight)

@@ -316,7 +316,7 @@ cdef class LoadTable(SharedTable):
     def expected(self, Py_ssize_t row, int64_t per_request=1):
         """See the stub."""
         self._check_row(row)
-        return self._expected(row, per_request)
+        return self._expected_work(row, per_request)
 
     cdef uint64_t _counted(
         self, const uint64_t *cells, size_t width, size_t row, int which

@@ -191,7 +191,7 @@ cdef class PrefixIndex(SharedMemory):
     def note(self, Py_ssize_t row, blocks not None, uint32_t new_tokens):
         """See the stub."""
         cdef uint64_t hashes[SAMPLES_MAX]
-        cdef int n = self._read(blocks, hashes)
+        cdef int n = self._copy_hashes(blocks, hashes)
         self._check_row(row)
         self.record(<int32_t> row, hashes, n, new_tokens)
 
@@ -199,7 +199,7 @@ cdef class PrefixIndex(SharedMemory):
         """See the stub."""
         cdef uint64_t hashes[SAMPLES_MAX]
         cdef Found found[FOUND_MAX]
-        cdef int n = self._read(blocks, hashes)
+        cdef int n = self._copy_hashes(blocks, hashes)
         cdef int at
         self._check_row(0)
         n = self.lookup(hashes, n, found)
@@ -232,7 +232,11 @@ cdef class PrefixIndex(SharedMemory):
                     entries.append((entry.row, entry.new_tokens, blocks))
         return entries, skipped
 
-    cdef int _read(self, blocks, uint64_t *hashes) except -1:
+    cdef int _copy_hashes(self, blocks, uint64_t *hashes) except -1:
+        """Copy a prompt's block hashes to ``hashes``; returns how many.
+
+        Bytes are cut off at SAMPLES_MAX; a longer sequence is a ValueError.
+        """
         cdef int n = 0
         if isinstance(blocks, bytes):
             n = <int> min(PyBytes_GET_SIZE(blocks) // 8, <Py_ssize_t> SAMPLES_MAX)
