@@ -380,7 +380,7 @@ class Bench(Cluster):
         return {kind: {"worst_s": max(found), "runs": found} for kind, found in times.items()}
 
     async def _succeed(self, space: str, number: int) -> float:
-        """Seconds from a signal to the leader until the other replica leads."""
+        """Seconds from a signal to the leader until the peer leads."""
         patient = {"gateway": {}}  # default drain settings
         async with self.space(space) as kube, self.serve(kube, patient) as first:
             await first.logged("leading")

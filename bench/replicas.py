@@ -4,7 +4,7 @@
 
 Simulates the same conversations with 1, 2, 4 and 8 replicas of KubeAI, which use the gateway's own
 ring and load table, in virtual time: with shared loads, with shared loads but without anticipating
-the other replicas' latest picks, and without sharing. The figures are the same on every machine.
+the peers' latest picks, and without sharing. The figures are the same on every machine.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ VIEWS: dict[str, dict[str, bool]] = {
 
 def cell(replicas: int, strategy: Strategy, experiment: Experiment, view: str) -> str:
     if replicas == 1 and view != "shared":
-        return ""  # no other replica to share loads with
+        return ""  # no peer to share loads with
     played = [
         experiment.run(replicas=replicas, strategy=strategy, seed=seed, **VIEWS[view])
         for seed in SEEDS

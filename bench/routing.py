@@ -115,7 +115,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 # Four replicas that pick without the ring's candidates, or do not report prompts to each other.
 FOUR_REPLICAS: dict[str, dict[str, Any]] = {
     "4, without the ring": {"expected": False},
-    "4, untold": {"shares_prompts": False},
+    "4, prompts not shared": {"shares_prompts": False},
 }
 
 

@@ -26,7 +26,7 @@ cpdef Admission admit(LoadTable table, Py_ssize_t row, uint32_t generation, str 
 
 cdef class Reservation:
     cdef LoadTable table
-    cdef QueueTable queues  # of requests that wait for this place; None: none does
+    cdef QueueTable queues  # of requests that wait for its capacity; None: none does
     cdef uint64_t *cell
     cdef uint64_t *model_cell
     cdef int row

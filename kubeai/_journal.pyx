@@ -1,4 +1,4 @@
-"""The journal: the last requests of each worker, in memory shared by the processes of one replica.
+"""The journal: the last requests of each worker, shared by the processes of a KubeAI replica.
 
 It is one memfd of a fixed size, which all processes map. Each worker has a column, of which it is
 the only writer: a ring of entries, two cache lines each. A request is entered when it has ended.

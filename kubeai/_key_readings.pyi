@@ -1,4 +1,4 @@
-"""Readings of the key table by the supervisor, for the other replicas."""
+"""Readings of the key table by the supervisor, for the peers."""
 
 from typing import final
 

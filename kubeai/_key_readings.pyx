@@ -1,4 +1,4 @@
-"""Readings of the key table by the supervisor, for the other replicas.
+"""Readings of the key table by the supervisor, for the peers.
 
 Each worker has a stamp for each row, which changes whenever it counts something there. The stamps
 of a worker are contiguous, so that a reading of 10,000 keys compares 40 KB. What was counted also

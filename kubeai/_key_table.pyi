@@ -40,11 +40,11 @@ class KeyTable(SharedTable):
     def generation(self, row: int) -> int:
         """The current generation of a row; 0 if it was never opened."""
     def row_is_zero(self, row: int) -> bool:
-        """Whether the key has nothing in flight at this replica."""
+        """Whether the key has nothing in flight at this KubeAI replica."""
     def set_peers(
         self, row: int, generation: int, in_flight: int, requests: int, tokens: int
     ) -> None:
-        """Record what the other replicas have counted within the last minute.
+        """Record what the peers have counted within the last minute.
 
         It ages like everything else: unless it is recorded again, it is gone 70 s later at the
         latest. No effect for another generation.
@@ -57,10 +57,10 @@ class KeyTable(SharedTable):
 
     # -- reads: any process ----------------------------------------------------------------
     def use(self, row: int) -> Use:
-        """What a key has used, at all replicas."""
+        """What a key has used, at all KubeAI replicas."""
     def use_here(self, row: int) -> Use:
-        """Like ``use``, without the other replicas."""
+        """Like ``use``, without the peers."""
     def is_counted(self, row: int) -> bool:
-        """Whether a worker of this replica has ever counted a request of a key."""
+        """Whether a worker of this KubeAI replica has ever counted a request of a key."""
     def refused(self, row: int) -> int:
-        """Requests of a key that exceeded a limit at this replica, since the row was opened."""
+        """A key's requests that this KubeAI replica has limited, since the row was opened."""

@@ -2,7 +2,7 @@
 
 It is one memfd, laid out as the load table (``_load.pyx``): a row is a key, a column belongs to one
 worker, its only writer, and the last one to the supervisor. There the supervisor records what the
-other replicas of KubeAI have counted. What a key has used is the sum of its row, so counting takes
+peers have counted. What a key has used is the sum of its row, so counting takes
 no lock. Two workers that check a limit at the same instant do not see each other's request.
 
 A cell has the requests in flight, and the requests and tokens of the last minute in slots of
@@ -36,7 +36,7 @@ from kubeai._shared_table cimport SharedTable, TableHeader, check_shape, read_ta
 cdef enum:
     LAYOUT_VERSION = 2
     PREFETCHED_MAX_COLUMNS = 4  # a core has about a dozen loads under way
-    HAS_PEERS = 0  # in the header's spare words: another replica has counted something
+    HAS_PEERS = 0  # in the header's spare words: a peer has counted something
 
 cdef uint64_t MAGIC = 0x6B75626561694B54  # "kubeaiKT"
 
@@ -204,7 +204,7 @@ cdef class KeyTable(SharedTable):
     # -- reads: any process ------------------------------------------------------------------
 
     cdef int counted_columns(self) noexcept:
-        """The number of columns that have something: without other replicas, the workers'."""
+        """The number of columns that have something: without peers, the workers'."""
         return self.columns if get_u64(&self.header.spare[HAS_PEERS]) else self.columns - 1
 
     cdef int64_t _in_flight(self, size_t row, int columns) noexcept:

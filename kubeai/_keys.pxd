@@ -10,7 +10,7 @@ cdef class Selection:
     cdef object selector
     cdef dict answers  # Model -> (its labels, whether it is selected)
     cdef object __weakref__
-    cdef bint has(self, object route) except -1
+    cdef bint selects_route(self, object route) except -1
 
 
 cdef class Key:
@@ -24,7 +24,7 @@ cdef class Key:
     cdef readonly uint32_t generation
     cdef readonly bint is_admin
     cdef readonly Selection selection  # of the Models that it may use; None: all
-    cdef readonly str share  # whose share of a queue its requests take: the tenant's, or its own
+    cdef readonly str fairness_id  # whose account in the fair queue its requests are charged to
     cdef readonly int64_t requests_per_minute  # 0: no limit, as below
     cdef readonly int64_t tokens_per_minute
     cdef readonly int64_t in_flight_max
@@ -35,5 +35,5 @@ cdef class Key:
     cdef readonly bytes digest
     cdef readonly str tenant
     cdef readonly object record  # the KeyRecord
-    cdef int take(self, record) except -1
+    cdef int _copy_record(self, record) except -1
     cpdef bint allows(self, object route) except -1

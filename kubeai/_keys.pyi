@@ -28,7 +28,7 @@ class Key:
     name: str
     digest: bytes
     tenant: str
-    share: str
+    fairness_id: str
     record: KeyRecord
     row: int
     generation: int
@@ -53,5 +53,5 @@ class Key:
     def allows(self, route: Route) -> bool:
         """Whether the key may use a Model. Cached, for requests."""
 
-    def selects(self, labels: Mapping[str, str]) -> bool:
+    def allows_labels(self, labels: Mapping[str, str]) -> bool:
         """Like :meth:`allows`, for a Model's labels; not cached, for lists of all Models."""

@@ -43,7 +43,7 @@ cdef class Selection:
     def selects(self, labels):
         return self.selector is not None and self.selector(labels)
 
-    cdef bint has(self, object route) except -1:
+    cdef bint selects_route(self, object route) except -1:
         cdef object labels = route.labels
         cdef tuple known = self.answers.get(route.model)
         cdef bint answer
@@ -68,7 +68,7 @@ cdef class Key:
         self.row = record.row
         self.generation = record.generation
         self.is_revoked = False
-        self.take(record)
+        self._copy_record(record)
 
     def update(self, record not None):
         """See the stub."""
@@ -79,13 +79,13 @@ cdef class Key:
             or record.generation != self.generation
         ):
             return False
-        self.take(record)
+        self._copy_record(record)
         return True
 
-    cdef int take(self, record) except -1:
+    cdef int _copy_record(self, record) except -1:
         self.record = record
         self.tenant = record.tenant
-        self.share = record.tenant or record.name
+        self.fairness_id = record.tenant or record.name
         self.requests_per_minute = record.requests_per_minute
         self.tokens_per_minute = record.tokens_per_minute
         self.in_flight_max = record.in_flight_max
@@ -101,7 +101,7 @@ cdef class Key:
         return self.selection is not None
 
     cpdef bint allows(self, object route) except -1:
-        return self.selection is None or self.selection.has(route)
+        return self.selection is None or self.selection.selects_route(route)
 
-    def selects(self, labels):
+    def allows_labels(self, labels):
         return self.selection is None or self.selection.selects(labels)

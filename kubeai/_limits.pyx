@@ -1,6 +1,6 @@
 """What a worker counts for the limits of API keys: one :class:`Charge` for each request.
 
-:func:`take` compares what a key has used, at all workers and replicas, with its limits, and counts
+:func:`take` compares what a key has used, at all KubeAI replicas, with its limits, and counts
 the request if it is within them. The request then counts as in flight until it ends, and its tokens
 are reserved from an estimate. :meth:`Charge.end` replaces the estimate by what was used. Reserved
 tokens that were not used are returned to the interval in which they were reserved; tokens beyond
@@ -47,7 +47,7 @@ def live():
     return live_charges
 
 
-cdef inline void add(uint64_t *slots, uint64_t interval, int64_t by) noexcept:
+cdef inline void add_to_interval(uint64_t *slots, uint64_t interval, int64_t by) noexcept:
     """Add to what was counted in an interval; never below 0.
 
     Starts the slot at 0 if it holds an older interval. A negative ``by`` for an interval that has
@@ -159,9 +159,9 @@ cdef class Charge:
     cdef void _begin(self) noexcept:
         cdef Cell *cell = self.cell
         put_i64(&cell.in_flight, get_i64(&cell.in_flight) + 1)
-        add(cell.requests, self.interval, 1)
+        add_to_interval(cell.requests, self.interval, 1)
         if self.tokens:
-            add(cell.tokens, self.interval, self.tokens)
+            add_to_interval(cell.tokens, self.interval, self.tokens)
         put_u32(self.stamp, get_u32(self.stamp) + 1)
 
     cdef void _end(self, int64_t tokens) noexcept:
@@ -178,9 +178,11 @@ cdef class Charge:
             put_i64(&cell.in_flight, in_flight - 1)
         tokens = min(tokens, <int64_t> REQUEST_TOKENS_MAX)
         if tokens > self.tokens:
-            add(cell.tokens, moment_of(self.table.now_s()).interval, tokens - self.tokens)
+            add_to_interval(
+                cell.tokens, moment_of(self.table.now_s()).interval, tokens - self.tokens
+            )
         elif 0 <= tokens < self.tokens:
-            add(cell.tokens, self.interval, tokens - self.tokens)
+            add_to_interval(cell.tokens, self.interval, tokens - self.tokens)
         put_u32(self.stamp, get_u32(self.stamp) + 1)
 
     def end(self, int64_t tokens=-1):

@@ -145,7 +145,7 @@ cdef struct Header:
     uint64_t columns
     uint64_t rows_used  # rows from this index on were never opened
     uint64_t peers  # number of other KubeAI replicas that pick for the same models
-    uint64_t phase  # where this replica starts breaking ties between endpoints
+    uint64_t phase  # where this KubeAI replica starts breaking ties between endpoints
     uint64_t spare[1]
 
 
@@ -213,11 +213,11 @@ cdef class LoadTable(SharedTable):
         return sum_row(self.load_cells + row * self.stride, self.columns)
 
     cdef inline uint64_t _here(self, size_t row) noexcept:
-        """A row's load without that of the other replicas."""
+        """A row's load without that of the peers."""
         return sum_row(self.load_cells + row * self.stride, self.columns - 1)
 
-    cdef inline int64_t _expected(self, size_t row, int64_t per_request) noexcept:
-        """A row's work, assuming that peers have made as many unreported picks as this replica."""
+    cdef inline int64_t _expected_work(self, size_t row, int64_t per_request) noexcept:
+        """A row's work, assuming that peers have made as many unreported picks as we."""
         cdef int64_t here = work_of(self._here(row), per_request) << SETTLED_BITS
         cdef int64_t reported = get_i64(&self.settled[row].pending)
         reported += per_request * get_i64(&self.settled[row].in_flight)

@@ -16,7 +16,7 @@ class LoadTable(SharedTable):
     """
 
     peers: int  # number of other KubeAI replicas that pick for the same models
-    phase: int  # where this replica starts breaking ties; differs between replicas
+    phase: int  # where this KubeAI replica starts breaking ties; differs between peers
 
     @staticmethod
     def create(rows: int, workers: int) -> LoadTable:
@@ -35,7 +35,7 @@ class LoadTable(SharedTable):
         """Reuse a free row: zero its counters and return its new generation."""
     def generation(self, row: int) -> int: ...
     def set_peers(self, row: int, generation: int, in_flight: int, pending: int = 0) -> None:
-        """Record the other replicas' load. No effect for another generation.
+        """Record the peers' load. No effect for another generation.
 
         ``in_flight`` counts up to 2^22, and ``pending``, in prompt tokens, up to 2^25.
         """
@@ -60,7 +60,7 @@ class LoadTable(SharedTable):
     def pending_here(self, row: int) -> int:
         """Like ``pending``, without the other KubeAI replicas' picks."""
     def expected(self, row: int, per_request: int = 1) -> int:
-        """A row's work, assuming that peers have made as many unreported picks as this replica.
+        """A row's work, assuming that peers have made as many unreported picks as we.
 
         In tokens: the pending ones, and ``per_request`` for each request in flight.
         """

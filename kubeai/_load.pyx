@@ -6,11 +6,11 @@ read-modify-write is needed, and after a SIGKILL only one column has to be clear
 opens rows. Each time a row is reused it gets a new generation, and releasing a count of an earlier
 generation has no effect. A gauge never falls below 0.
 
-In its own column the supervisor records the other replicas' in-flight counts, so that a pick sees
-the total load. Everything else in the table belongs to this replica alone.
+In its own column the supervisor records the peers' in-flight counts, so that a pick sees the
+total load. Everything else in the table belongs to this KubeAI replica alone.
 
-Peers report their counts with a delay, during which all replicas that pick by least load would
-choose the same endpoint. Each replica therefore assumes that its peers pick as it does itself:
+Peers report their counts with a delay, during which all KubeAI replicas that pick by least load
+would choose the same endpoint. Each therefore assumes that its peers pick as it does itself:
 ``settled`` follows a row's local in-flight count with about the reporting delay, and the difference
 between the two is counted once more per peer (:meth:`LoadTable.expected`).
 
@@ -203,7 +203,7 @@ cdef class LoadTable(SharedTable):
     def set_peers(
         self, Py_ssize_t row, uint32_t generation, int64_t in_flight, int64_t pending=0
     ):
-        """Record the other replicas' load. No effect for another generation.
+        """Record the peers' load. No effect for another generation.
 
         ``in_flight`` counts up to 2^22, and ``pending``, in tokens, up to 2^25.
         """
@@ -232,7 +232,7 @@ cdef class LoadTable(SharedTable):
 
     @property
     def phase(self):
-        """Where this replica starts breaking ties between endpoints; differs between replicas."""
+        """Where this KubeAI replica starts breaking ties between endpoints; peers differ."""
         self._check_row(0)
         return get_u64(&self.header.phase)
 
@@ -316,7 +316,7 @@ cdef class LoadTable(SharedTable):
     def expected(self, Py_ssize_t row, int64_t per_request=1):
         """See the stub."""
         self._check_row(row)
-        return self._expected(row, per_request)
+        return self._expected_work(row, per_request)
 
     cdef uint64_t _counted(
         self, const uint64_t *cells, size_t width, size_t row, int which

@@ -36,7 +36,7 @@ cdef class Picker:
     cpdef Reservation pick(self, Prompt prompt, str adapter=*, object exclude=*)
     cpdef Reservation pick_new(self, Prompt prompt, str adapter=*, str tenant=*)
     cpdef int settle(self, str tenant, uint32_t output_tokens) except -1
-    cpdef bint has_room(self, str adapter=*, int64_t places=*)
+    cpdef bint has_room(self, str adapter=*, int64_t requests=*)
     cdef Reservation _pick_by_ring(self, Prompt prompt, str adapter, object exclude)
     cdef Reservation _pick_cached(self, Prompt prompt, str adapter, object exclude)
     cdef bint _may_be_unreported(self, const Known *known) noexcept

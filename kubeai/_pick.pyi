@@ -42,7 +42,7 @@ class Picker:
     ) -> Reservation | None:
         """Like ``pick`` for a request that has not waited; None also if others wait.
 
-        If requests wait in another replica, one place is left to them. With a capacity, the request's work is charged to the tenant's account.
+        If requests wait at a peer, room for one of them is left free. With a capacity, the request's work is charged to the tenant's account.
         """
     def settle(self, tenant: str, output_tokens: int) -> int:
         """Charge a tenant for the output of a request, beyond what every request is charged.
@@ -53,8 +53,8 @@ class Picker:
         self, prompt: Prompt, adapter: str | None = None, exclude: Iterable[str] = ()
     ) -> Reservation | None:
         """Like ``pick``, but full endpoints can be picked too."""
-    def has_room(self, adapter: str | None = None, places: int = 1) -> bool:
-        """Whether the endpoints that serve the adapter have room for ``places`` more requests.
+    def has_room(self, adapter: str | None = None, requests: int = 1) -> bool:
+        """Whether the endpoints that serve the adapter have room for ``requests`` more.
 
         Ejected endpoints count too.
         """

@@ -12,8 +12,8 @@ of them a step takes longer. The cost is multiplied by the endpoint's slowness, 
 relative to that of the model's endpoints together. It is learned from the times to the first byte of
 streamed responses, and bounded by ``SLOWNESS_MAX``, because an engine may lie.
 
-A prompt of which the index knows nothing may have been sent by another replica that has not reported
-it yet. Its beginning is therefore assumed at the ring's endpoint for it, so that replicas agree.
+A prompt of which the index knows nothing may have been sent by a peer that has not reported
+it yet. Its beginning is therefore assumed at the ring's endpoint for it, so that peers agree.
 
 A response that is not streamed has its first byte when it is complete. The end of its prefill is
 estimated with the learned time per token, and applied at the next pick or ``expire``; that of a short
@@ -166,7 +166,7 @@ cdef class Picker:
         finally:
             self.ring.capacity = self.capacity
 
-    cpdef bint has_room(self, str adapter=None, int64_t places=1):
+    cpdef bint has_room(self, str adapter=None, int64_t requests=1):
         """See the stub."""
         cdef Members members = self.ring._members(adapter)
         cdef int32_t at
@@ -175,10 +175,10 @@ cdef class Picker:
         if not self.capacity:
             return members.n > 0
         for at in range(members.n):
-            places -= max(
+            requests -= max(
                 0, self.capacity - in_flight_of(self.ring.table._load(members.rows[at]))
             )
-            if places <= 0:
+            if requests <= 0:
                 return True
         return False
 
@@ -246,7 +246,7 @@ cdef class Picker:
         return reservation
 
     cdef bint _may_be_unreported(self, const Known *known) noexcept:
-        """Whether other replicas may have sent this prompt's beginning and not reported it yet."""
+        """Whether peers may have sent this prompt's beginning and not reported it yet."""
         if self.index is None:
             return False
         if get_u64(&self.index.header.silent):
@@ -254,9 +254,9 @@ cdef class Picker:
         return known.n == 0 and get_u64(&self.ring.table.header.peers) != 0
 
     cdef void _believe(self, Prompt prompt, Known *known) noexcept:
-        """Add what other replicas may have sent, to the ring's endpoints for the prompt.
+        """Add what peers may have sent, to the ring's endpoints for the prompt.
 
-        All replicas prefer those for a prompt that is new to them.
+        All KubeAI replicas prefer those for a prompt that is new to them.
         """
         cdef Ring ring = self.ring
         cdef size_t at

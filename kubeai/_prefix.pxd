@@ -64,7 +64,7 @@ cdef class PrefixIndex(SharedMemory):
     cdef uint64_t *cells  # [buckets][BUCKET_ENTRIES]
     cdef void _lay_out(self) noexcept
     cdef int _check_row(self, Py_ssize_t row) except -1
-    cdef int _read(self, blocks, uint64_t *hashes) except -1
+    cdef int _copy_hashes(self, blocks, uint64_t *hashes) except -1
     cdef uint64_t *_bucket(self, uint64_t block) noexcept
     cdef uint32_t _advance(self, Row *row, uint32_t new_tokens) noexcept
     cdef uint32_t _staleness(self, uint64_t entry) noexcept

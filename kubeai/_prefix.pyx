@@ -17,8 +17,8 @@ Stamps wrap after 16 cache sizes; an entry that has not been overwritten by then
 again. An endpoint that loses its cache, because its engine restarts, gets a new epoch: entries of
 another epoch do not count.
 
-Each worker also has a log of what it has sent, which the supervisor reports to the other replicas of
-KubeAI; they note it in their own indexes.
+Each worker also has a log of what it has sent, which the supervisor reports to the
+peers; they note it in their own indexes.
 
 All of this is a belief about the engines. Two workers that write one bucket at the same instant may
 lose an entry, and different blocks may have equal parts of their hashes (one lookup of a block in
@@ -192,7 +192,7 @@ cdef class PrefixIndex(SharedMemory):
     def note(self, Py_ssize_t row, blocks not None, uint32_t new_tokens):
         """See the stub."""
         cdef uint64_t hashes[SAMPLES_MAX]
-        cdef int n = self._read(blocks, hashes)
+        cdef int n = self._copy_hashes(blocks, hashes)
         self._check_row(row)
         self.record(<int32_t> row, hashes, n, new_tokens)
 
@@ -200,7 +200,7 @@ cdef class PrefixIndex(SharedMemory):
         """See the stub."""
         cdef uint64_t hashes[SAMPLES_MAX]
         cdef Found found[FOUND_MAX]
-        cdef int n = self._read(blocks, hashes)
+        cdef int n = self._copy_hashes(blocks, hashes)
         cdef int at
         self._check_row(0)
         n = self.lookup(hashes, n, found)
@@ -233,7 +233,11 @@ cdef class PrefixIndex(SharedMemory):
                     entries.append((entry.row, entry.new_tokens, blocks))
         return entries, skipped
 
-    cdef int _read(self, blocks, uint64_t *hashes) except -1:
+    cdef int _copy_hashes(self, blocks, uint64_t *hashes) except -1:
+        """Copy a prompt's block hashes to ``hashes``; returns how many.
+
+        Bytes are cut off at SAMPLES_MAX; a longer sequence is a ValueError.
+        """
         cdef int n = 0
         if isinstance(blocks, bytes):
             n = <int> min(PyBytes_GET_SIZE(blocks) // 8, <Py_ssize_t> SAMPLES_MAX)

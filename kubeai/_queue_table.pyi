@@ -14,7 +14,7 @@ PRIORITY_MAX: int  # priorities are -PRIORITY_MAX to PRIORITY_MAX
 class QueueTable(SharedTable):
     """Rows are those of the load table's models.
 
-    There is one column for each worker, and a last one for the other replicas.
+    There is one column for each worker, and a last one for the peers.
     """
 
 
@@ -42,13 +42,13 @@ class QueueTable(SharedTable):
         Times, accounts and counters are kept.
         """
     def set_peers(self, row: int, priority: int, start: int) -> None:
-        """Record the first request in the other replicas' queues. Called by the supervisor."""
+        """Record the first request in the peers' queues. Called by the supervisor."""
     def clear_peers(self, row: int) -> None:
-        """No request waits in another replica."""
+        """No request waits at a peer."""
     def advance(self, row: int, now: int) -> None:
-        """Record that another replica's virtual time is ``now``."""
+        """Record that a peer's virtual time is ``now``."""
     def firsts(self) -> dict[int, tuple[int, int, int]]:
-        """By row, the priority and the start of this replica's first request, and the time.
+        """By row, the priority and the start of this KubeAI replica's first request, and the time.
 
         Only rows for which a request waits.
         """
@@ -74,7 +74,7 @@ class QueueTable(SharedTable):
     def head(self, row: int, column: int) -> int:
         """The head in a column, to tell whether it has changed; 0: no request waits there."""
     def best(self, row: int, skip: int = 0) -> int:
-        """The column of the head that is served first, or -1; the last column: another replica's.
+        """The column of the head that is served first, or -1; the last column: a peer's.
 
         Blocked heads are ignored, and those of the columns whose bits are set in ``skip``. The
         lowest of equal ones is best.
@@ -82,9 +82,9 @@ class QueueTable(SharedTable):
     def earliest(self, row: int, priority: int) -> int | None:
         """The earliest start among the heads with this priority; None if there is none."""
     def is_waiting(self, row: int, blocked_too: bool = True) -> bool:
-        """Whether a request waits for a model in any worker of this replica."""
+        """Whether a request waits for a model in any worker of this KubeAI replica."""
     def notify(self, row: int) -> None:
-        """Wake the workers that can use a free place at one of a model's endpoints."""
+        """Wake the workers that can use free capacity at one of a model's endpoints."""
     def wake(self, column: int) -> None:
         """Wake a worker; columns out of range are ignored."""
     def take_wakes(self) -> int:

@@ -1,7 +1,7 @@
 """The queue table: what the workers' queues of waiting requests must know of each other.
 
-Each worker has its own queue for each model (``routing/queueing.py``). Free places at the endpoints
-must go to the request that is first in all of them, so the queues share three things in one memfd:
+Each worker has its own queue for each model (``routing/queueing.py``). Free capacity must
+go to the request that is first in all of them, so the queues share three things in one memfd:
 
 - *Heads*: the priority and the start tag of the request that is first in a worker's queue of a
   model, in one cell; 0 if the queue is empty. A row of cells is a model's heads in all workers.
@@ -11,15 +11,16 @@ must go to the request that is first in all of them, so the queues share three t
 - *Waits*: the requests in the queues and how long requests waited, by class of priority.
 
 Like in the load table, each cell has one writer: the worker of its column, or for the last column
-the supervisor, which records the first of the other replicas' heads and their latest time. The
+the supervisor, which records the first of the peers' heads and their latest time. The
 virtual time and a tenant's account are the maxima over the columns, so no lock is needed, and two
 workers that serve a tenant at the same instant lose the charge for one request. Accounts are
 hashed: tenants whose hashes agree in 48 bits share an account. A tenant whose account is evicted by
 another's starts again at the current virtual time. Neither makes an account wrong by more than
 ``LEAD_MAX`` tokens.
 
-A worker that frees a place wakes the worker whose head is first, through its eventfd. When a worker
-has been killed, the supervisor clears the heads and gauges of its column; times and accounts stay.
+A worker that frees capacity wakes the worker whose head is first, through its eventfd. When a
+worker has been killed, the supervisor clears the heads and gauges of its column; times and accounts
+stay.
 """
 
 from posix.unistd cimport close as close_fd
@@ -101,7 +102,7 @@ cdef class QueueTable(SharedTable):
     def __cinit__(self):
         cdef int column
         self.what = "queue table"
-        self.shared_columns = 1  # the other replicas'
+        self.shared_columns = 1  # the peers'
         for column in range(WORKERS_MAX):
             self.wake_fd_of[column] = -1
 
@@ -362,18 +363,18 @@ cdef class QueueTable(SharedTable):
         cdef uint64_t level = head_of(priority, 0) >> TAG_BITS
         cdef uint64_t head, start
         cdef int column
-        cdef object earliest = None
+        cdef object first = None
         self._check_row(row)
         for column in range(self.columns):
             head = get_u64(&self.head_cells[row * self.stride + column]) & ~BLOCKED
-            if head >> TAG_BITS == level:
+            if head >> TAG_BITS == level:  # a head is priority << TAG_BITS | (TAG_MASK - start)
                 start = TAG_MASK - (head & TAG_MASK)
-                if earliest is None or start < <uint64_t> earliest:
-                    earliest = start
-        return earliest
+                if first is None or start < <uint64_t> first:
+                    first = start
+        return first
 
     cdef bint is_any_waiting(self, Py_ssize_t row, bint blocked_too) noexcept:
-        """Whether a request waits in this replica."""
+        """Whether a request waits in this KubeAI replica."""
         cdef uint64_t head
         cdef int column
         for column in range(self.columns - 1):
@@ -390,7 +391,7 @@ cdef class QueueTable(SharedTable):
     # -- wake-ups ----------------------------------------------------------------------------
 
     cdef void freed(self, Py_ssize_t row) noexcept:
-        """A place at one of a model's endpoints is free: wake the workers that can use it."""
+        """One of a model's endpoints has free capacity: wake the workers that can use it."""
         cdef int column, best
         if self.base == NULL or not self.is_any_waiting(row, True):
             return

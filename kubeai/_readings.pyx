@@ -1,7 +1,7 @@
 """Readings of the load table by the supervisor.
 
-:class:`Readings` finds the changes since the last reading, which this replica reports to its peers;
-:func:`picks` what has been counted of a model's picks.
+:class:`Readings` finds the changes since the last reading, which the supervisor reports to its
+peers; :func:`picks` what has been counted of a model's picks.
 """
 
 cimport cython
@@ -42,7 +42,7 @@ cdef struct Reading:
 
 @cython.final
 cdef class Readings:
-    """This replica's counts per row as of the last ``changed``. Used by the supervisor."""
+    """This KubeAI replica's counts per row as of the last ``changed``. Used by the supervisor."""
 
     cdef LoadTable table
     cdef Reading *last

@@ -105,7 +105,7 @@ cdef class Ring:
     ) noexcept
     cdef int _begin(self) except -1
     cdef int64_t _work(self, int32_t row, int64_t per_request) noexcept
-    cdef int64_t _expected(self, int32_t row, int64_t per_request) noexcept
+    cdef int64_t _expected_work(self, int32_t row, int64_t per_request) noexcept
     cdef bint _is_open(self, int32_t slot, double now_s) noexcept
     cdef bint _survey(self, Survey *survey, Members members, object exclude, bint loads) except -1
     cdef bint _survey_ejected(self, Survey *survey, Members members) noexcept

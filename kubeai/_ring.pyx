@@ -385,7 +385,7 @@ cdef class Ring:
         return reservation
 
     cdef void _turn(self, Members members) noexcept:
-        """Set the cursor of the first pick; it differs between replicas."""
+        """Set the cursor of the first pick; it differs between KubeAI replicas."""
         if members.cursor < 0:
             members.cursor = <int32_t> (get_u64(&self.table.header.phase) % members.n)
 
@@ -410,7 +410,7 @@ cdef class Ring:
             )
         for at in range(start, end):
             if all_open or self._is_open(members.slots[at], survey.now_s):
-                here = self._expected(members.rows[at], survey.per_request)
+                here = self._expected_work(members.rows[at], survey.per_request)
                 if here < least[0]:
                     least[0] = here
                     best = at
@@ -441,11 +441,11 @@ cdef class Ring:
     cdef int64_t _work(self, int32_t row, int64_t per_request) noexcept:
         return work_of(self.table._load(row), per_request)
 
-    cdef int64_t _expected(self, int32_t row, int64_t per_request) noexcept:
-        """The work that other replicas have not reported yet is included."""
+    cdef int64_t _expected_work(self, int32_t row, int64_t per_request) noexcept:
+        """An endpoint's work in tokens, with an estimate of what peers have not reported yet."""
         if get_u64(&self.table.header.peers) == 0:
             return self._work(row, per_request)
-        return self.table._expected(row, per_request)
+        return self.table._expected_work(row, per_request)
 
     cdef bint _is_open(self, int32_t slot, double now_s) noexcept:
         if self.slots[slot].excluded == self.walk:

@@ -1,6 +1,6 @@
 """Length-prefixed frames on a stream: 4 bytes, big-endian, then the body.
 
-Used between the supervisor and its workers, between replicas, between the processes of
+Used between the supervisor and its workers, between KubeAI replicas, between the processes of
 ``kubeai bench``, and by the process kubelet. A receiver names the longest frame that it accepts.
 """
 

@@ -43,7 +43,7 @@ Options that have a variable name it above. These have no option:
 | variable | read by | what |
 |---|---|---|
 | `CONFIG_PATH` | `serve` | The [system config](configuration.md) |
-| `POD_NAMESPACE`, `POD_NAME`, `POD_IP` | `serve` | Namespace whose Models are served; identity for the leader election; address for other replicas |
+| `POD_NAMESPACE`, `POD_NAME`, `POD_IP` | `serve` | Namespace whose Models are served; identity for the leader election; address for peers |
 | `KUBECONFIG` | `serve`, `key`, `usage`, `uninstall`, `doctor` | How to connect to the cluster; without it, the pod's service account |
 | `KUBEAI_LOG_FORMAT` | all | `console`, `json`, or `auto` (the default): `console` if stderr is a terminal |
 | `LOG_LEVEL` | all | `debug`, `info` (the default), `warning` or `error` |

@@ -92,7 +92,8 @@ class Subscription(ABC):
         """Wait for messages; returns 1 to ``count_max`` of them.
 
         The broker must not be asked for more than ``count_max`` messages, because what is received
-        here is not available to the other replicas. It may be cancelled without losing a message.
+        here is not available to other KubeAI replicas. It may be cancelled without
+        losing a message.
         """
 
     @abstractmethod

@@ -45,7 +45,7 @@ async def _serve(host: str, port: int, workers: int) -> None:
     config = config.listening_on(host)
     log = get_logger(__name__)
     lease = config.leader_election
-    # A write that a leader has sent is delivered or dropped before another replica can lead.
+    # A write that a leader has sent is delivered or dropped before a peer can lead.
     kube = await Kube.connect(unacknowledged_max_s=lease.lease_duration_s - lease.renew_deadline_s)
 
     def started() -> None:

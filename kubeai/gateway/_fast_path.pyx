@@ -79,7 +79,7 @@ cdef inline uint32_t known(uint32_t tokens) noexcept:
 
 cdef inline str tenant_of(Key key):
     """Whose request it is; the headers that say so without keys are not handled here."""
-    return "" if key is None else key.share
+    return "" if key is None else key.fairness_id
 
 
 cdef inline uint8_t pick_of(Reservation reservation) noexcept:
@@ -188,7 +188,7 @@ cdef class FastPath(EarlyStream):
             context.limits.prefetch(self._key.row)
         if credential.problem == NO_PROBLEM and not credential.has_cookie:
             return True
-        return self.judge_key(<int> credential.problem, credential.sources)
+        return self.check_key(<int> credential.problem, credential.sources)
 
     cdef int _collected(self) except -1:
         cdef InferenceRequest request = None
@@ -539,10 +539,11 @@ cdef class FastPath(EarlyStream):
         """
         raise NotImplementedError
 
-    def judge_key(self, problem, sources):
-        """The request has no valid key in a header, or has cookies: whether it may go on.
+    def check_key(self, problem, sources):
+        """Check a request that has no valid key in a header, or that has cookies.
 
-        Respond with an error otherwise.
+        True: it may proceed. False: an error response was sent. ``problem``: a Problem;
+        ``sources``: the headers with keys.
         """
         raise NotImplementedError
 

@@ -307,7 +307,7 @@ class AdmittedRequest(FastPath):
     def _tenant(self) -> str:
         """Whose request it is: the key's tenant, or what the client says where keys are off."""
         if self._key is not None:
-            return self._key.share
+            return self._key.fairness_id
         if self.context.keys is not None or self.context.request_type == "message":
             return ""
         return next(iter(self.headers(b"x-gateway-inference-fairness-id")), b"").decode("latin-1")

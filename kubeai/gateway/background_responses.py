@@ -257,7 +257,7 @@ class BackgroundResponses:
             tokens = usage.input_tokens, cached, usage.output_tokens
             if response.key is not None:
                 learn_output(response.key, usage.output_tokens)
-                response.routed.picker.settle(response.key.share, usage.output_tokens)
+                response.routed.picker.settle(response.key.fairness_id, usage.output_tokens)
         response.admission.close()
         response.reservation.release()
         if response.charge is not None:

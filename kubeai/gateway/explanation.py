@@ -28,7 +28,7 @@ def explanation(
 ) -> bytes:
     """The value of the X-KubeAI-Explain header: JSON on one line.
 
-    ``candidates``: what `Picker.explain` said before the pick.
+    ``candidates``: what `Picker.explain` returned before the pick.
     """
     cheapest = sorted(candidates, key=lambda one: one["cost"])[:CANDIDATES_MAX]
     for one in cheapest:
@@ -40,7 +40,7 @@ def explanation(
             "endpoint": reservation.name,
             "tokens": prompt.tokens,
             "first": reservation.first,
-            **why_moved(strategy, reservation),
+            **comparison(strategy, reservation),
             "candidates": cheapest,
         }
     )
@@ -58,11 +58,11 @@ def log_move(request_id: str, route: Route, reservation: Reservation, suppressed
         endpoint=reservation.name,
         first=reservation.first,
         suppressed=suppressed,
-        **why_moved(route.strategy, reservation),
+        **comparison(route.strategy, reservation),
     )
 
 
-def why_moved(strategy: Strategy, reservation: Reservation) -> dict[str, float]:
+def comparison(strategy: Strategy, reservation: Reservation) -> dict[str, float]:
     """What the pick compared between the chosen endpoint and the first candidate.
 
     Under PrefixCache, what both were believed to have cached, and both costs, in tokens; otherwise

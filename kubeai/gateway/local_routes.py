@@ -247,7 +247,7 @@ def _selection(request: web.Request) -> Callable[[Route], bool]:
     key = _client_key(request)
     selectors = parse_selectors(request.headers.getall("X-Label-Selector", []))
     if key is not None:
-        selectors.append(key.selects)
+        selectors.append(key.allows_labels)
     return lambda route: all(selector(route.labels) for selector in selectors)
 
 

@@ -49,7 +49,7 @@ from kubeai.gateway.realtime import (
     websocket_required,
 )
 from kubeai.gateway.relay._tunnel import Tunnel
-from kubeai.gateway.stored_responses import check_owner, not_stored
+from kubeai.gateway.stored_responses import check_tenant, not_stored
 from kubeai.gateway.uploads.upload import Upload, is_form
 from kubeai.openai import request as openai
 from kubeai.openai.errors import BadRequest, model_not_found
@@ -159,12 +159,12 @@ class Proxy(FallbackRequest):
     # -- keys --------------------------------------------------------------------------------------
 
     @override
-    def judge_key(self, problem: int, sources: int) -> bool:
+    def check_key(self, problem: int, sources: int) -> bool:
         keys = self.context.key_table
         assert keys is not None, "keys are required"
         try:
             cookie = take_cookie(self)
-            if cookie is not None and problem == Problem.MISSING and self._is_consoles:
+            if cookie is not None and problem == Problem.MISSING and self._targets_console:
                 self._key, problem = check(keys.by_digest, cookie)
                 sources = COOKIE
                 if problem == Problem.NO_PROBLEM:
@@ -178,7 +178,7 @@ class Proxy(FallbackRequest):
                 self.observe(self.context.observers)
             if error.status == 429:
                 self.close_after()  # which slows down guessing
-            self._deny(error, is_news=problem != Problem.MISSING)
+            self._deny(error, shows_message=problem != Problem.MISSING)
             return False
         if problem != Problem.NO_PROBLEM:
             self._key = None
@@ -192,16 +192,16 @@ class Proxy(FallbackRequest):
 
     @property
     def _is_login(self) -> bool:
-        return self._is_consoles and self.method == "POST" and self.target in LOGIN_PATHS
+        return self._targets_console and self.method == "POST" and self.target in LOGIN_PATHS
 
     @property
-    def _is_consoles(self) -> bool:
+    def _targets_console(self) -> bool:
         return self.context.console is not None and is_console(self.target)
 
-    def _deny(self, error: BadRequest, *, is_news: bool = True) -> None:
+    def _deny(self, error: BadRequest, *, shows_message: bool = True) -> None:
         """Respond with an error; to a browser that opens the console, with the login page.
 
-        ``is_news``: whether the login page also shows the error's message.
+        ``shows_message``: whether the login page also shows the error's message.
         """
         if error.code not in AUDITED or self.context.console is None or not wants_page(self):
             self._refuse(error)
@@ -212,7 +212,7 @@ class Proxy(FallbackRequest):
             self._refuse(unknown)
         else:
             self._note_denial(error)
-            said = error.message if is_news else ""
+            said = error.message if shows_message else ""
             self._serve_locally(self.target, f"{error.status} {said}")
 
     @override
@@ -290,7 +290,7 @@ class Proxy(FallbackRequest):
         """
         only = None
         if request.previous_response_id is not None:
-            check_owner(request.previous_response_id, self._key)
+            check_tenant(request.previous_response_id, self._key)
             only = await self._find_previous(request, request.previous_response_id)
         # The Model may have been deleted or created again meanwhile.
         routed = self.context.routes.find(request.name)
@@ -306,18 +306,18 @@ class Proxy(FallbackRequest):
         asked = self._find(request)
         self._request = request
         self._charge_key()  # before it costs requests to the engines
-        owner = await self.context.stored_responses.owner_of(
+        location = await self.context.stored_responses.location_of(
             [asked, *self._substitutes(asked.route)], self, response_id
         )
-        if owner is None:
+        if location is None:
             return None
-        name = owner.routed.route.model
+        name = location.routed.route.model
         if name != request.name:
             self._asked = asked
             request.serve_as(name)
             self._rename()
             self._say_who(name)
-        return owner.endpoint
+        return location.endpoint
 
     def _admit(
         self, request: InferenceRequest, routed: RoutedModel, *, only: str | None = None
@@ -359,15 +359,15 @@ class Proxy(FallbackRequest):
     async def _find_stored(self) -> Reservation:
         """Find the replica that has the stored response of the path, and count the request."""
         response_id = classify(self.method, self.target).id or ""
-        check_owner(response_id, self._key)
+        check_tenant(response_id, self._key)
         self._request = openai.named(self._kind, response_id)  # its Model is not known yet
         self._charge_key()  # before it costs requests to the engines
-        owner = await self.context.stored_responses.find(
+        location = await self.context.stored_responses.find(
             self.context.routes, self, response_id, self._may_use
         )
         self._payload = self.body
-        request = openai.named(self._kind, owner.model)
-        reservation = self._admit(request, owner.routed, only=owner.endpoint)
+        request = openai.named(self._kind, location.model)
+        reservation = self._admit(request, location.routed, only=location.endpoint)
         self.context.background_responses.asked(response_id)
         if reservation is None:
             raise not_stored(response_id)

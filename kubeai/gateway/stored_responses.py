@@ -19,7 +19,7 @@ selectors. If an adapter made the response, the client gets its name as clients 
 If keys are required, only the tenant whose key created a response can read, cancel or continue it;
 other tenants get 404. The ID identifies the tenant. Both engines that store responses take the ID
 from the request's ``request_id``, so :func:`new_id` has it begin with a hash of the tenant's name,
-and :func:`check_owner` compares that before anything is looked up. This needs no memory, and holds
+and :func:`check_tenant` compares that before anything is looked up. This needs no memory, and holds
 for all workers and replicas and after restarts. A response created without a key has no owner.
 
 Limits: ``ASKED_AT_ONCE_MAX_COUNT`` endpoints at a time for each request, ``ASK_TIMEOUT_S`` for each
@@ -62,12 +62,12 @@ LOOKUPS_MAX_COUNT = 16
 CONNECTIONS_MAX_COUNT = 96  # of all lookups; each takes a descriptor
 REMEMBERED_MAX_COUNT = 4096
 MODEL_IN_MAX_BYTES = 1 << 20  # the longest response of which the model is read
-_OWNER_CHARS = 16  # of an ID, in hexadecimal: 64 bits
+_TENANT_CHARS = 16  # of an ID, in hexadecimal: 64 bits
 
 Place = tuple[RoutedModel, Endpoint]
 
 
-class Owner(NamedTuple):
+class Location(NamedTuple):
     """Where a stored response is."""
 
     routed: RoutedModel
@@ -76,7 +76,7 @@ class Owner(NamedTuple):
 
 
 class _Remembered(NamedTuple):
-    """An Owner without the objects of the routing table, which changes."""
+    """A Location without the objects of the routing table, which changes."""
 
     name: str  # of the Model
     endpoint: str
@@ -127,7 +127,7 @@ class StoredResponses:
         exchange: Exchange,
         response_id: str,
         selects: Callable[[Route], bool],
-    ) -> Owner:
+    ) -> Location:
         """The endpoint of one of these models that has the response.
 
         ``selects``: whether the client may use a Model. BadRequest: 404 if no endpoint has the
@@ -138,14 +138,14 @@ class StoredResponses:
             for routed in models
             if routed.route.engine in STORING_ENGINES and selects(routed.route)
         ]
-        owner = await self._find(able, exchange, response_id)
-        if owner is None:
+        location = await self._find(able, exchange, response_id)
+        if location is None:
             raise not_stored(response_id)
-        return owner
+        return location
 
-    async def owner_of(
+    async def location_of(
         self, models: Sequence[RoutedModel], exchange: Exchange, response_id: str
-    ) -> Owner | None:
+    ) -> Location | None:
         """The endpoint that has the response, for a request to the first model that continues it.
 
         The other models are its canary and fallbacks, which may have created the response. None if
@@ -163,12 +163,12 @@ class StoredResponses:
 
     async def _find(
         self, models: list[RoutedModel], exchange: Exchange, response_id: str
-    ) -> Owner | None:
+    ) -> Location | None:
         return self._recall(models, response_id) or await self._look_up(
             models, exchange, response_id
         )
 
-    def _recall(self, models: Iterable[RoutedModel], response_id: str) -> Owner | None:
+    def _recall(self, models: Iterable[RoutedModel], response_id: str) -> Location | None:
         found = self._remembered.get(response_id)
         if found is None:
             return None
@@ -176,11 +176,11 @@ class StoredResponses:
             route = routed.route
             if route.model == found.name and found.endpoint in (e.name for e in route.endpoints):
                 self._remembered.move_to_end(response_id)
-                return Owner(routed, found.endpoint, found.model)
+                return Location(routed, found.endpoint, found.model)
         return None
 
-    def _remember(self, response_id: str, owner: Owner) -> None:
-        found = _Remembered(owner.routed.route.model, owner.endpoint, owner.model)
+    def _remember(self, response_id: str, location: Location) -> None:
+        found = _Remembered(location.routed.route.model, location.endpoint, location.model)
         self._remembered[response_id] = found
         self._remembered.move_to_end(response_id)
         if len(self._remembered) > REMEMBERED_MAX_COUNT:
@@ -188,7 +188,7 @@ class StoredResponses:
 
     async def _look_up(
         self, models: Iterable[RoutedModel], exchange: Exchange, response_id: str
-    ) -> Owner | None:
+    ) -> Location | None:
         if self.lookups >= LOOKUPS_MAX_COUNT:
             message = "Too many stored responses are being looked up."
             raise BadRequest(message, status=503, code="overloaded")
@@ -204,9 +204,9 @@ class StoredResponses:
         model = routed.route.model
         if found.model in routed.route.adapters:
             model = f"{model}_{found.model}"
-        owner = Owner(routed, endpoint.name, model)
-        self._remember(response_id, owner)
-        return owner
+        location = Location(routed, endpoint.name, model)
+        self._remember(response_id, location)
+        return location
 
     async def _ask_all(
         self, places: list[Place], response_id: str, headers: dict[str, str]
@@ -289,7 +289,7 @@ def _unsure(response_id: str, silent: list[str]) -> BadRequest:
 
 def new_id(key: Key | None) -> str:
     """An ID for a response of the key's tenant, or nobody's. Each attempt needs another one."""
-    return f"resp_{'' if key is None else _owner(key.tenant)}{uuid.uuid4().hex}"
+    return f"resp_{'' if key is None else _tenant_hash(key.tenant)}{uuid.uuid4().hex}"
 
 
 def chosen_id(payload: bytes) -> str | None:
@@ -313,15 +313,15 @@ def with_id(payload: bytes, response_id: str) -> bytes:
     return b'%b,"request_id":"%b"}' % (payload[:end], response_id.encode())
 
 
-def check_owner(response_id: str, key: Key | None) -> None:
+def check_tenant(response_id: str, key: Key | None) -> None:
     """404 if a stored response belongs to another tenant than the client's, or to none."""
-    if key is not None and not response_id.startswith(f"resp_{_owner(key.tenant)}"):
+    if key is not None and not response_id.startswith(f"resp_{_tenant_hash(key.tenant)}"):
         raise not_stored(response_id)
 
 
 @lru_cache(maxsize=1024)
-def _owner(tenant: str) -> str:
-    return hashlib.sha256(f"response of {tenant}".encode()).hexdigest()[:_OWNER_CHARS]
+def _tenant_hash(tenant: str) -> str:
+    return hashlib.sha256(f"response of {tenant}".encode()).hexdigest()[:_TENANT_CHARS]
 
 
 def not_stored(response_id: str) -> BadRequest:

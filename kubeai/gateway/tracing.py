@@ -82,10 +82,10 @@ class Tracing:
 
         self._provider = provider
         self._tracer = provider.get_tracer("kubeai.gateway", kubeai.__version__)
-        self._server = SpanKind.SERVER
-        self._context = TraceContextTextMapPropagator()
+        self._kind = SpanKind.SERVER
+        self._propagator = TraceContextTextMapPropagator()
         self._error = Status(StatusCode.ERROR)
-        self._in_context = set_span_in_context
+        self._set_span_in_context = set_span_in_context
 
     def began(self, request: RequestStart) -> tuple[Span, dict[str, str]]:
         """Start a request's span as a child of the client's.
@@ -95,8 +95,8 @@ class Tracing:
         path = request.target.partition("?")[0][:PATH_MAX_CHARS]
         span = self._tracer.start_span(
             f"{request.method} {path_template(path)}" if request.is_inference else request.method,
-            context=self._context.extract(request.trace_headers),
-            kind=self._server,
+            context=self._propagator.extract(request.trace_headers),
+            kind=self._kind,
             attributes={
                 "http.request.method": request.method,
                 "url.path": path,
@@ -105,7 +105,7 @@ class Tracing:
             },
         )
         sent: dict[str, str] = {}
-        self._context.inject(sent, self._in_context(span))
+        self._propagator.inject(sent, self._set_span_in_context(span))
         return span, sent
 
     def ended(self, span: Span, request: RequestEnd, first_byte_s: float | None) -> None:

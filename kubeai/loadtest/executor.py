@@ -375,7 +375,7 @@ class Executor:
         self._counts["tokens"] += measurement.output_tokens
         return completion.text
 
-    def _note_usage(self, measurement: Measurement, usage: sse.Usage | None) -> None:
+    def _note_usage(self, measurement: Measurement, usage: sse.ReportedUsage | None) -> None:
         if usage is not None:
             measurement.prompt_tokens, measurement.cached_tokens = (
                 usage.prompt_tokens,

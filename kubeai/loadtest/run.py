@@ -93,7 +93,7 @@ class GeneratorProcess:
 
     def __init__(self, number: int, process: asyncio.subprocess.Process) -> None:
         self.number, self.process = number, process
-        self.usage = saturation.Usage()
+        self.usage = saturation.GeneratorUsage()
 
     def send(self, message: Scenario | Go | Stop) -> None:
         """Send a message; no effect if the process has closed its stdin."""
@@ -324,7 +324,7 @@ def _summarize(
     run_options: RunOptions,
     prepared: Prepared,
     collector: Collector,
-    usages: Sequence[saturation.Usage],
+    usages: Sequence[saturation.GeneratorUsage],
     interrupted: int,
 ) -> Results:
     scenario = prepared.scenario
@@ -386,7 +386,7 @@ def _warnings(
 
 
 def _client_warnings(
-    scenario: Scenario, collector: Collector, usages: Sequence[saturation.Usage]
+    scenario: Scenario, collector: Collector, usages: Sequence[saturation.GeneratorUsage]
 ) -> list[str]:
     late_s = [
         one.sent_s - one.due_s for one in collector.measurements if one.due_s >= scenario.warm_up_s
@@ -398,7 +398,7 @@ def _setting(
     run_options: RunOptions,
     scenario: Scenario,
     collector: Collector,
-    usages: Sequence[saturation.Usage],
+    usages: Sequence[saturation.GeneratorUsage],
 ) -> dict[str, Any]:
     """The settings to repeat the run. Only header names: the values may be secrets."""
     traffic = msgspec.to_builtins(scenario.traffic)

@@ -27,7 +27,7 @@ class Window(NamedTuple):
     cpu_share: float  # of one core
 
 
-class Usage(msgspec.Struct):
+class GeneratorUsage(msgspec.Struct):
     """One generator's resource use, collected from its batches."""
 
     windows: list[Window] = []
@@ -50,7 +50,7 @@ class Usage(msgspec.Struct):
             self._at_s, self._had_s = at_s, cpu_s
 
 
-def cost(generators: Sequence[Usage]) -> dict[str, float | int | None]:
+def cost(generators: Sequence[GeneratorUsage]) -> dict[str, float | int | None]:
     """For ``setting["client"]``: CPU time per chunk, and the busiest process's share of a core."""
     chunks = sum(one.chunks for one in generators)
     cpu_s = sum(one.cpu_s for one in generators)
@@ -66,7 +66,7 @@ def cost(generators: Sequence[Usage]) -> dict[str, float | int | None]:
 
 
 def warnings(
-    generators: Sequence[Usage], sent_late_s: Sequence[float], *, warm_up_s: float = 0.0
+    generators: Sequence[GeneratorUsage], sent_late_s: Sequence[float], *, warm_up_s: float = 0.0
 ) -> list[str]:
     """Warnings about a load generator that was too slow.
 

@@ -27,7 +27,7 @@ class _Details(msgspec.Struct):
     cached_tokens: int | None = None
 
 
-class Usage(msgspec.Struct):
+class ReportedUsage(msgspec.Struct):
     """Token counts that the endpoint reported; -1 if it did not."""
 
     prompt_tokens: int = -1
@@ -63,7 +63,7 @@ class Completion(msgspec.Struct):
     """A stream event or a non-streamed response, with the fields used here."""
 
     choices: list[_Choice] = []
-    usage: Usage | None = None
+    usage: ReportedUsage | None = None
     error: Any = None
 
     @property
@@ -94,7 +94,7 @@ class Reader(Stream):
     def __init__(self, *, keep: bool = False, clock: Callable[[], float] = monotonic) -> None:
         self.others = 0  # events without text
         self.done = False  # `[DONE]` was received
-        self.usage: Usage | None = None
+        self.usage: ReportedUsage | None = None
         self.problem = ""
         self._clock = clock
         if keep:

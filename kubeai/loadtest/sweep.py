@@ -31,7 +31,7 @@ POINTS_MAX = 60
 FAILED = 1
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class SweepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The SLOs and the rates to try, in requests per second.
 
     ``rates``: exactly these, in ascending order, until one breaks; (): found by a search from
@@ -60,7 +60,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return all(limit.met(found.summary) for limit in self.limits)
 
 
-def plan(given: arguments.Rates, limits: Sequence[Limit]) -> Plan:
+def plan(given: arguments.Rates, limits: Sequence[Limit]) -> SweepPlan:
     """The plan that the options describe; OptionError if one is invalid."""
     for name, value in (
         ("--start-rate", given.start_rate),
@@ -74,7 +74,7 @@ def plan(given: arguments.Rates, limits: Sequence[Limit]) -> Plan:
         raise OptionError("--max-rate: must not be less than --start-rate")
     if given.duration is not None and given.num_prompts is not None:
         raise OptionError("--duration: cannot be combined with --num-prompts")
-    return Plan(
+    return SweepPlan(
         limits=tuple(limits),
         arrivals=Arrivals(per_s=given.start_rate, burstiness=given.burstiness or 1.0),
         rates=tuple(sorted(options.rates("--request-rates", given.request_rates))),
@@ -89,7 +89,7 @@ def plan(given: arguments.Rates, limits: Sequence[Limit]) -> Plan:
 class Search:
     """The rates to try. Call `note` with the outcome of ``rate``, until ``rate`` is None."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: SweepPlan) -> None:
         self._plan = plan
         self._given = list(plan.rates)
         self.held: float | None = None
@@ -121,7 +121,7 @@ class Search:
         return middle if self.held < middle < self.broke else None
 
 
-class Target(msgspec.Struct):
+class SweepTarget(msgspec.Struct):
     """The runs of one target: an endpoint, or a strategy on simulated engines."""
 
     name: str
@@ -131,7 +131,7 @@ class Target(msgspec.Struct):
     broke: float | None = None
 
 
-def collected(plan: Plan, targets: Sequence[Target]) -> tuple[list[Results], Sweep]:
+def collected(plan: SweepPlan, targets: Sequence[SweepTarget]) -> tuple[list[Results], Sweep]:
     """All runs, and the findings that refer to them by position."""
     runs: list[Results] = []
     sweep = Sweep(limits=list(plan.limits), rates={}, runs={}, held={}, broke={})
@@ -147,7 +147,7 @@ def collected(plan: Plan, targets: Sequence[Target]) -> tuple[list[Results], Swe
 # -- a real endpoint -------------------------------------------------------------------------------
 
 
-async def run(plan: Plan, run_options: running.RunOptions, outputs: Outputs) -> int:
+async def run(plan: SweepPlan, run_options: running.RunOptions, outputs: Outputs) -> int:
     """Sweep a real endpoint, then print and write the results; returns the exit status."""
     signals = running.Signals()
     try:
@@ -155,7 +155,7 @@ async def run(plan: Plan, run_options: running.RunOptions, outputs: Outputs) -> 
     except running.Interrupted:
         return running.interrupted(signals)
     scenario = prepared.scenario
-    target = Target(run_options.name or scenario.model)
+    target = SweepTarget(run_options.name or scenario.model)
     search = Search(plan)
     while (rate := search.rate) is not None and not signals.number:
         number = len(target.runs)
@@ -197,7 +197,7 @@ def _other(traffic: Traffic, number: int) -> Traffic:
 # -- simulated engines -----------------------------------------------------------------------------
 
 
-def simulate(plan: Plan, simulation: Simulation, outputs: Outputs) -> int:
+def simulate(plan: SweepPlan, simulation: Simulation, outputs: Outputs) -> int:
     """Sweep each strategy on simulated engines, then print and write the results."""
     described = environment.describe()
     jobs = [(plan, simulation, number) for number in range(len(simulation.settings))]
@@ -213,9 +213,9 @@ def simulate(plan: Plan, simulation: Simulation, outputs: Outputs) -> int:
     return status
 
 
-def simulate_strategy(plan: Plan, simulation: Simulation, number: int) -> Target:
+def simulate_strategy(plan: SweepPlan, simulation: Simulation, number: int) -> SweepTarget:
     """Sweep one of the settings; the traffic is the same at each rate, on empty caches."""
-    target = Target(simulation.settings[number].name)
+    target = SweepTarget(simulation.settings[number].name)
     search = Search(plan)
     while (rate := search.rate) is not None:
         at_rate = msgspec.structs.replace(
@@ -237,7 +237,7 @@ def _name(target: str, rate: float) -> str:
     return f"{target}, {rate:g} requests/s"
 
 
-def _finish(plan: Plan, targets: Sequence[Target], outputs: Outputs) -> int:
+def _finish(plan: SweepPlan, targets: Sequence[SweepTarget], outputs: Outputs) -> int:
     runs, sweep = collected(plan, targets)
     for target in targets:
         print(_table(plan, target))
@@ -250,7 +250,7 @@ def _finish(plan: Plan, targets: Sequence[Target], outputs: Outputs) -> int:
     return 0 if any(held is not None for held in sweep.held.values()) else FAILED
 
 
-def _table(plan: Plan, target: Target) -> str:
+def _table(plan: SweepPlan, target: SweepTarget) -> str:
     lines = [["requests/s", "completed/s", *(limit.label for limit in plan.limits), ""]]
     for at in sorted(range(len(target.runs)), key=target.rates.__getitem__):
         found = target.runs[at]
@@ -265,13 +265,13 @@ def _table(plan: Plan, target: Target) -> str:
     return "\n".join([compare.printable(target.name), *rows])
 
 
-def _line(plan: Plan, rate: float, found: Results) -> str:
+def _line(plan: SweepPlan, rate: float, found: Results) -> str:
     values = ", ".join(
         f"{limit.label} {verdict.limit_value(limit, found)}" for limit in plan.limits
     )
     return f"{rate:g} requests/s: {values}: {'holds' if plan.held(found) else 'breaks'}"
 
 
-def _verdict(plan: Plan, target: Target) -> str:
+def _verdict(plan: SweepPlan, target: SweepTarget) -> str:
     runs, sweep = collected(plan, [target])
     return verdict.of_target(sweep, runs, target.name)

@@ -226,7 +226,7 @@ class Stream:
     def _room(self) -> int:
         """How many more messages may be received now."""
         if not self._publisher.connected:
-            return 0  # other replicas may be able to answer
+            return 0  # other KubeAI replicas may be able to answer
         phases, max_handlers = self._shared.phases, self._settings.max_handlers
         free = max_handlers - phases[Phase.READY] - phases[Phase.RUNNING]
         left = max_handlers + PARKED_MAX_COUNT - len(self._in_hand)
@@ -371,8 +371,8 @@ class Stream:
     async def drain(self, timeout_s: float) -> None:
         """Stop receiving, and finish what is in hand.
 
-        Messages that no engine is serving are given back to the broker at once, for other replicas;
-        those that are served or answered have ``timeout_s`` to finish.
+        Messages that no engine is serving are given back to the broker at once, for other KubeAI
+        replicas; those that are served or answered have ``timeout_s`` to finish.
         """
         self._stopping = True
         if self._receiving is not None:

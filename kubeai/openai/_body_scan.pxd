@@ -48,9 +48,9 @@ cdef class Shape:
     cdef readonly bytes system  # holds system text outside the conversation
     cdef readonly bytes previous  # holds the ID of a stored response
     cdef Name names[4]  # of the above
-    cdef bint is_cached
+    cdef bint uses_prefix_cache
     cdef bint has_prompt
-    cdef bint streams
+    cdef bint streams_by_default
     cdef bint generates
     cdef bint is_ollama
     cdef bint has_usage_option
@@ -80,16 +80,16 @@ cdef class InferenceRequest:
     cdef int systems_n
     cdef int systems_room
     cdef bint has_parts  # some message's content or output is not just text
-    cdef bint is_cached  # the engine keeps the keys and values of prompts of this kind
+    cdef bint uses_prefix_cache  # the engine keeps the keys and values of prompts of this kind
     cdef bint has_prompt  # the engine computes a prompt
-    cdef bint streams  # unless the body says otherwise
+    cdef bint streams_by_default  # unless the body says otherwise
     cdef bint generates  # the response is text that the engine generates
     cdef Asked asked  # how much of it at most
     cdef bint is_ollama  # ``model`` may have the tag "latest"
     cdef bint has_usage_option  # streams report their usage only if the client asks for it
     cdef bint is_input  # the first text is a list of strings or token ids
-    cdef bint crowded  # too many messages: only their first bytes are hashed
-    cdef bint malformed  # there are messages that an engine would reject
+    cdef bint is_crowded  # too many messages: only their first bytes are hashed
+    cdef bint is_malformed  # there are messages that an engine would reject
     cdef Fault fault
     cdef const char *fault_at
     cdef char fault_key[5]

@@ -13,9 +13,10 @@ class Shape:
     ``conversation`` is a list of messages or a string, ``text`` a string or a list that begins with
     one; at most one of these two is set. ``system`` is system text outside the conversation, and
     ``previous`` the ID of a stored response.
-    ``is_cached``: whether an engine keeps what it computes for such a prompt, and finds it again.
-    ``has_prompt``: whether it computes one at all. ``streams``: whether the response is a stream
-    unless the body has ``"stream": false``. ``generates``: whether the engine generates text.
+    ``uses_prefix_cache``: whether an engine keeps what it computes for such a prompt, and finds it
+    again. ``has_prompt``: whether it computes one at all. ``streams_by_default``: whether the
+    response is a stream unless the body has ``"stream": false``. ``generates``: whether the engine
+    generates text.
     ``has_usage_option``: whether a stream reports its usage only if the body has
     ``"stream_options": {"include_usage": true}``.
     """
@@ -33,9 +34,9 @@ class Shape:
         text: bytes | None = None,
         system: bytes | None = None,
         previous: bytes | None = None,
-        is_cached: bool = True,
+        uses_prefix_cache: bool = True,
         has_prompt: bool = True,
-        streams: bool = False,
+        streams_by_default: bool = False,
         generates: bool = False,
         has_usage_option: bool = False,
     ) -> None: ...

@@ -66,9 +66,9 @@ cdef class Shape:
         bytes text=None,
         bytes system=None,
         bytes previous=None,
-        bint is_cached=True,
+        bint uses_prefix_cache=True,
         bint has_prompt=True,
-        bint streams=False,
+        bint streams_by_default=False,
         bint generates=False,
         bint has_usage_option=False,
     ):
@@ -81,9 +81,9 @@ cdef class Shape:
         self.names[1] = name_of(text)
         self.names[2] = name_of(system)
         self.names[3] = name_of(previous)
-        self.is_cached = is_cached and has_prompt
+        self.uses_prefix_cache = uses_prefix_cache and has_prompt
         self.has_prompt = has_prompt
-        self.streams = streams
+        self.streams_by_default = streams_by_default
         self.generates = generates
         self.has_usage_option = has_usage_option
         self.is_ollama = kind.is_ollama
@@ -181,7 +181,7 @@ cdef class InferenceRequest:
             else:
                 at = skip_value(value, self.end)
                 if is_word(&key, b"stream", 6):
-                    self.stream = value[0] == c"t" or (self.streams and value[0] != c"f")
+                    self.stream = value[0] == c"t" or (self.streams_by_default and value[0] != c"f")
                     self.stream_value = value
                 elif key.size == 14 and is_word(&key, b"stream_options", 14):
                     self.stream_options.at = value
@@ -281,7 +281,7 @@ cdef class InferenceRequest:
         self.first.at = self.first.after = NULL
         self.systems_n = 0
         self.has_parts = False
-        self.malformed = self.crowded = False
+        self.is_malformed = self.is_crowded = False
         if begin[0] == c"[":
             after = self._read_messages(begin)
         else:
@@ -291,8 +291,8 @@ cdef class InferenceRequest:
         self.conversation.at = begin
         self.conversation.after = after
         if after is not NULL and is_crowded(begin, after):
-            self.crowded = True
-            self.malformed = False
+            self.is_crowded = True
+            self.is_malformed = False
             self.first.at = begin
             self.first.after = begin + CROWDED_BYTES
             self.systems_n = 0
@@ -314,7 +314,7 @@ cdef class InferenceRequest:
                 elif role == SYSTEM and not self._add_system(&content):
                     return NULL
             else:
-                self.malformed = True
+                self.is_malformed = True
                 at = skip_value(at, self.end)
             if at is NULL:
                 return NULL
@@ -339,7 +339,7 @@ cdef class InferenceRequest:
                     if at is not NULL:
                         role[0] = role_of(&word)
                 else:
-                    self.malformed = True
+                    self.is_malformed = True
                     at = skip_value(value, self.end)
             else:
                 at = skip_value(value, self.end)
@@ -404,7 +404,7 @@ cdef class InferenceRequest:
             systems = self.system_field.after - self.system_field.at
         for i in range(self.systems_n):
             systems += self.systems[i].after - self.systems[i].at + 1
-        if self.crowded:
+        if self.is_crowded:
             prefix *= 2
         elif self.is_input:
             prefix = min(2 * prefix, 2 * TOKEN_MAX_BYTES * (limit + 3))
@@ -416,7 +416,7 @@ cdef class InferenceRequest:
         cdef int i
         text.size = 0
         text.left = PY_SSIZE_T_MAX
-        if self.malformed:
+        if self.is_malformed:
             return False
         if self.system_field.at is not NULL:
             if not put_content(text, self.system_field.at, self.end):
@@ -432,7 +432,7 @@ cdef class InferenceRequest:
         text.left = limit
         if self.first.at is NULL:
             return True
-        if self.crowded:
+        if self.is_crowded:
             put_bytes(text, self.first.at, self.first.after)
         elif self.is_input:
             put_input(text, self.first.at, self.first.after, self.end)
@@ -551,10 +551,11 @@ cdef InferenceRequest new_request(object kind, bytes body):
 
 
 cdef inline InferenceRequest request_of(Shape shape, bytes body):
+    """A request with its shape's properties, before the body is scanned."""
     cdef InferenceRequest request = new_request(shape.kind, body)
-    request.is_cached = shape.is_cached
+    request.uses_prefix_cache = shape.uses_prefix_cache
     request.has_prompt = shape.has_prompt
-    request.streams = request.stream = shape.streams
+    request.streams_by_default = request.stream = shape.streams_by_default
     request.generates = shape.generates
     request.is_ollama = shape.is_ollama
     request.has_usage_option = shape.has_usage_option
@@ -591,9 +592,8 @@ def named(kind, str model not None):
         raise BadRequest(*FAULTS[<int> MODEL_MISSING])
     cdef InferenceRequest request = new_request(kind, b"")
     name, separator, adapter = model.partition("_")
-    request.model = model
+    request.model = request.target = model
     request.name = name
     request.adapter = adapter if separator else None
     request.is_renamed = request.adapter is not None
-    request.target = model
     return request

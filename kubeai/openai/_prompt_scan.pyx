@@ -160,17 +160,17 @@ cdef Prompt prompt_for(Picker picker, InferenceRequest request, bint complete):
         else:
             find_files(&files, conversation.at, conversation.after, request.end)
     prompt = new_prompt(request.stream)
-    if not request.is_cached:  # embeddings, reranking: all of the body, and nothing is found again
+    if not request.uses_prefix_cache:  # embeddings, reranking: all of the body is computed
         size = request.end - request.begin
         conversation = NULL
     if complete or picker.strategy != LEAST_LOAD:
         # Without the text, all requests would have the same key and go to the same endpoint.
         if (complete or picker.strategy == PREFIX_HASH) and (
-            request.is_cached or request.first.at is not NULL
+            request.uses_prefix_cache or request.first.at is not NULL
         ):
             prompt.key = request.hash_key(picker.prefix_char_length)
             prompt.has_key = True
-        if request.is_cached:
+        if request.uses_prefix_cache:
             _add_blocks(prompt, request, picker.index, &files, &length)
     if conversation is NULL:
         prompt.tokens = text_tokens(picker.tokens_per_byte, size)

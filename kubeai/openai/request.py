@@ -48,7 +48,7 @@ SHAPES: dict[Kind, Shape] = {
     shape.kind: shape
     for shape in (
         Shape(Kind.CHAT, conversation=b"messages", generates=True, has_usage_option=True),
-        Shape(Kind.CHAT_BATCH, conversation=b"messages", is_cached=False, generates=True),
+        Shape(Kind.CHAT_BATCH, conversation=b"messages", uses_prefix_cache=False, generates=True),
         Shape(Kind.COMPLETIONS, text=b"prompt", generates=True, has_usage_option=True),
         Shape(
             Kind.RESPONSES,
@@ -60,28 +60,28 @@ SHAPES: dict[Kind, Shape] = {
         Shape(Kind.MESSAGES, conversation=b"messages", system=b"system", generates=True),
         Shape(Kind.COUNT_TOKENS, has_prompt=False),
         Shape(Kind.SYSTEM_ONE, text=b"state", system=b"instructions", generates=True),
-        Shape(Kind.EMBEDDINGS, text=b"input", is_cached=False),
-        Shape(Kind.EMBED_V2, text=b"texts", is_cached=False),
-        Shape(Kind.RERANK, text=b"query", is_cached=False),
-        Shape(Kind.SCORE, text=b"queries", is_cached=False),
-        Shape(Kind.GENERATIVE_SCORING, text=b"query", is_cached=False),
-        Shape(Kind.POOLING, text=b"input", is_cached=False),
-        Shape(Kind.CLASSIFY, text=b"input", is_cached=False),
+        Shape(Kind.EMBEDDINGS, text=b"input", uses_prefix_cache=False),
+        Shape(Kind.EMBED_V2, text=b"texts", uses_prefix_cache=False),
+        Shape(Kind.RERANK, text=b"query", uses_prefix_cache=False),
+        Shape(Kind.SCORE, text=b"queries", uses_prefix_cache=False),
+        Shape(Kind.GENERATIVE_SCORING, text=b"query", uses_prefix_cache=False),
+        Shape(Kind.POOLING, text=b"input", uses_prefix_cache=False),
+        Shape(Kind.CLASSIFY, text=b"input", uses_prefix_cache=False),
         Shape(Kind.TOKENIZE, has_prompt=False),
         Shape(Kind.DETOKENIZE, has_prompt=False),
-        Shape(Kind.SPEECH, text=b"input", is_cached=False),
+        Shape(Kind.SPEECH, text=b"input", uses_prefix_cache=False),
         Shape(Kind.IMAGES, has_prompt=False),
         Shape(Kind.IMAGE_EDITS, has_prompt=False),  # unless it is a form
-        Shape(Kind.OLLAMA_CHAT, conversation=b"messages", streams=True, generates=True),
+        Shape(Kind.OLLAMA_CHAT, conversation=b"messages", streams_by_default=True, generates=True),
         Shape(
             Kind.OLLAMA_GENERATE,
             text=b"prompt",
             system=b"system",
-            streams=True,
+            streams_by_default=True,
             generates=True,
         ),
-        Shape(Kind.OLLAMA_EMBED, text=b"input", is_cached=False),
-        Shape(Kind.OLLAMA_EMBEDDINGS, text=b"prompt", is_cached=False),
+        Shape(Kind.OLLAMA_EMBED, text=b"input", uses_prefix_cache=False),
+        Shape(Kind.OLLAMA_EMBEDDINGS, text=b"prompt", uses_prefix_cache=False),
     )
 }
 

@@ -1,9 +1,10 @@
 """Fetches, loads and unloads a Model's LoRA adapters in the engines of its pods.
 
-Owns at most one task per pod while this replica leads. The task has the loader container fetch the
-files (which takes minutes, so it is not part of a reconcile), calls the engine, and updates the
-pod's label. The label is set to ``loading`` before the engine is called and to the hash of the URL
-once it serves the adapter, so after a crash the next leader knows what an engine may have loaded.
+Owns at most one task per pod while this KubeAI replica leads. The task has the loader container
+fetch the files (which takes minutes, so it is not part of a reconcile), calls the engine, and
+updates the pod's label. The label is set to ``loading`` before the engine is called and to the hash
+of the URL once it serves the adapter, so after a crash the next leader knows what an engine may
+have loaded.
 Promises: a pod without the hash in its label gets no request for that adapter; a changed URL is
 rolled out one pod at a time and stops at the first pod where it fails; a restarted engine gets its
 adapters again. Used by the controller.
@@ -148,7 +149,7 @@ class Adapters:
             _cancel(work)
 
     def stopped_leading(self) -> None:
-        """This replica is no longer the leader: cancel all tasks."""
+        """This KubeAI replica is no longer the leader: cancel all tasks."""
         for model in list(self._works):
             self.forget(model)
 

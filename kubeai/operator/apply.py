@@ -1,8 +1,8 @@
 """Applies a plan's actions to the cluster: creates, deletes and patches pods, Models and statuses.
 
-Promises: no write unless this replica is the leader at that moment; the store expects each create
-and delete before it is sent, so that one not observed yet is not repeated; deletes carry the pod's
-uid, and patches of a Model its resourceVersion; at most two writes per second to one object.
+Promises: no write unless this KubeAI replica is the leader at that moment; the store expects each
+create and delete before it is sent, so that one not observed yet is not repeated; deletes carry the
+pod's uid, and patches of a Model its resourceVersion; at most two writes per second to one object.
 Used by the controller, which decides when to plan and keeps the `WriteState` of each Model.
 """
 

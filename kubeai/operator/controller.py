@@ -3,7 +3,8 @@
 Owns all of the leader's writes except scaling. ``changed(name)`` enqueues a model. Reconciling it
 means reading the store, the cache and the adapters, calling :func:`plan`, and applying the actions
 (see `kubeai.operator.apply`).
-Promises: no write unless this replica is the leader at that moment; no write while nothing changes.
+Promises: no write unless this KubeAI replica is the leader at that moment; no write while nothing
+changes.
 """
 
 from __future__ import annotations
@@ -81,12 +82,12 @@ class PodLoads(Protocol):
         ...
 
     def in_use(self, model: str, endpoint: str) -> bool:
-        """Whether any worker of any replica may still send requests to it or has some in flight."""
+        """Whether any KubeAI replica may still send it requests or has some in flight."""
         ...
 
 
 class Controller:
-    """Runs on every replica, but writes only while ``leader`` leads.
+    """Runs on every KubeAI replica, but writes only while ``leader`` leads.
 
     ``loads`` decides which pods to delete first, and whether a pod must be drained before that.
     """
@@ -138,7 +139,7 @@ class Controller:
             self.queue.add(name)
 
     def all_changed(self) -> None:
-        """Enqueue every model: this replica has become the leader or has just synced."""
+        """Enqueue every model: this KubeAI replica has become the leader or has just synced."""
         for name in self._store.names():
             self.changed(name)
 
@@ -148,7 +149,7 @@ class Controller:
                 self.changed(name)
 
     def stopped_leading(self) -> None:
-        """This replica is no longer the leader."""
+        """This KubeAI replica is no longer the leader."""
         self._adapters.stopped_leading()
         self.claims.stopped_leading()
         self._files.stopped_leading()

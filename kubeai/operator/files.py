@@ -45,7 +45,7 @@ class Files:
         self._listed = False
 
     def stopped_leading(self) -> None:
-        """This replica is no longer the leader: another may write from now on."""
+        """This KubeAI replica is no longer the leader: another may write from now on."""
         self._written.clear()
         self._uids.clear()
         self._listed = False

@@ -1,9 +1,9 @@
 """The API keys of the namespace: Secrets with the label ``kubeai.org/api-key: "true"``.
 
-:class:`Keys` watches them, and decides which have a key. Of several Secrets with the same key, the
-oldest has it, and the others have none until it is gone. A Secret that is not usable, or is being
-deleted, has no key either. Every replica watches, because each has workers that check keys; only
-the leader writes Events about unusable Secrets, and all log them.
+:class:`KeyWatch` watches them, and decides which have a key. Of several Secrets with the same key,
+the oldest has it, and the others have none until it is gone. A Secret that is not usable, or is
+being deleted, has no key either. Every KubeAI replica watches, because each has workers that
+check keys; only the leader writes Events about unusable Secrets, and all log them.
 
 Keys themselves are not kept, only their digests. While the API cannot be reached, keys stay as they
 are.
@@ -39,14 +39,14 @@ class Known(msgspec.Struct, frozen=True):
 
 
 class Emit(Protocol):
-    """Writes an Event about a Secret, if this replica leads. See :meth:`Events.emit`."""
+    """Writes an Event about a Secret, if this KubeAI replica leads. See :meth:`Events.emit`."""
 
     def __call__(self, subject: Known, reason: str, message: str, *, warning: bool) -> None:
         """Queue the Event."""
         ...
 
 
-class Keys:
+class KeyWatch:
     """Follows the Secrets. ``publish(name, key)`` is called for each change of a Secret's key.
 
     When several change at once, those that lose their key are published first.
@@ -101,7 +101,7 @@ class Keys:
         self._set(secret.metadata.name, None if kind == "DELETED" else _known(secret))
 
     def report(self) -> None:
-        """Emit the Events about all unusable Secrets; for a replica that begins to lead."""
+        """Emit the Events about all unusable Secrets; for a KubeAI replica that begins to lead."""
         for name, (reason, message) in self._problems.items():
             self._emit(self._secrets[name], reason, message, warning=True)
 

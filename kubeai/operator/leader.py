@@ -1,16 +1,17 @@
 """Leader election between replicas of KubeAI, by client-go's rules.
 
-:class:`Leadership` is what the operator uses: a replica leads while it holds two Leases, and
+:class:`Leadership` is what the operator uses: a KubeAI replica leads while it holds two Leases, and
 :class:`Leader` is a candidate for one of them.
 
-Owns the lease and the answer to "may this replica write now?". A candidate takes the lease when it
-has not changed for its duration by the candidate's own clock (clocks of different machines are
-never compared). The holder renews it every ``retry_period_s`` and stops leading when no renewal has
-succeeded for ``renew_deadline_s``. :meth:`Leader.check` guards each write by a leader. It measures
-the lease's age with a clock that keeps running while the machine is suspended, so a process that
-was frozen detects this before it writes. It is called twice: by :class:`Writes` before a write
-starts, and by the fenced Kube (see :meth:`kubeai.kube.client.Kube.fenced`) once the connection is
-established and the bytes are about to be sent, however long the write has waited until then.
+Owns the lease and the answer to "may this KubeAI replica write now?". A candidate takes the
+lease when it has not changed for its duration by the candidate's own clock (clocks of different
+machines are never compared). The holder renews it every ``retry_period_s`` and stops leading when
+no renewal has succeeded for ``renew_deadline_s``. :meth:`Leader.check` guards each write by a
+leader. It measures the lease's age with a clock that keeps running while the machine is suspended,
+so a process that was frozen detects this before it writes. It is called twice: by :class:`Writes`
+before a write starts, and by the fenced Kube (see :meth:`kubeai.kube.client.Kube.fenced`) once the
+connection is established and the bytes are about to be sent, however long the write
+has waited until then.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ RELEASE_TIMEOUT_S = 3.0
 
 
 class NotLeader(Exception):
-    """This replica is not the leader and must not write."""
+    """This KubeAI replica is not the leader and must not write."""
 
 
 class Writes:
     """Guards each write of a leader: ``async with writes:``.
 
     Waits until fewer than ``parallel_max`` other writes are in flight, then raises NotLeader unless
-    this replica is still the leader.
+    this KubeAI replica is still the leader.
     """
 
     def __init__(self, leader: Leadership, parallel_max: int) -> None:
@@ -54,7 +55,7 @@ class Writes:
         self._free = asyncio.Semaphore(parallel_max)
 
     def check(self) -> None:
-        """Raise NotLeader unless this replica is the leader at this moment."""
+        """Raise NotLeader unless this KubeAI replica is the leader at this moment."""
         self._leader.check()
 
     async def __aenter__(self) -> None:
@@ -77,7 +78,7 @@ class LeaseApi(Protocol):
         ...
 
     async def create(self, r: Resource, obj: dict[str, Any], namespace: str = "") -> dict[str, Any]:
-        """Create the Lease; ApiError 409 if another replica was faster."""
+        """Create the Lease; ApiError 409 if a peer was faster."""
         ...
 
     async def update(self, r: Resource, obj: dict[str, Any], namespace: str = "") -> dict[str, Any]:
@@ -128,11 +129,11 @@ class Leader:
 
     @property
     def leads(self) -> bool:
-        """Whether this replica may write at this moment."""
+        """Whether this KubeAI replica may write at this moment."""
         return self._leads and self._clock() - self._renewed_s < self._renew_deadline_s
 
     def check(self) -> None:
-        """Raise NotLeader unless this replica may write at this moment."""
+        """Raise NotLeader unless this KubeAI replica may write at this moment."""
         if not self.leads:
             raise NotLeader
 
@@ -219,7 +220,7 @@ class Leader:
                 except ApiError as error:
                     if error.status not in (404, 409):
                         raise
-                    # Changed or deleted since we read it. Another replica holds it now, unless it
+                    # Changed or deleted since we read it. A peer holds it now, unless it
                     # was edited otherwise, or our own write succeeded and its response was lost.
                     await self._look()
                     return self.leads and _holder(self._lease) == self._identity
@@ -246,7 +247,7 @@ class Leader:
         self._lease = lease
 
     def _taken(self) -> bool:
-        """Whether another replica holds the lease and it has not expired."""
+        """Whether a peer holds the lease and it has not expired."""
         holder = _holder(self._lease)
         if not holder or holder == self._identity:
             return False
@@ -273,7 +274,7 @@ class Leader:
 
 
 class Leadership:
-    """Holds both Leases of KubeAI in Go, so that it never writes while this replica leads.
+    """Holds both Leases of KubeAI in Go, so that it never writes while this KubeAI replica leads.
 
     The second one is acquired only by the holder of the first. Call ``run``, cancel it, then call
     ``release``.
@@ -309,11 +310,11 @@ class Leadership:
 
     @property
     def leads(self) -> bool:
-        """Whether this replica may write at this moment."""
+        """Whether this KubeAI replica may write at this moment."""
         return self._first.leads and self._second.leads
 
     def check(self) -> None:
-        """Raise NotLeader unless this replica may write at this moment."""
+        """Raise NotLeader unless this KubeAI replica may write at this moment."""
         self._first.check()
         self._second.check()
 

@@ -6,8 +6,8 @@ or a ``canary``, does not count if it names its own Model, or if it leads from a
 Model of a cycle; so no cycle is left. One that names no Model is reported, and counts as soon as
 there is such a Model.
 
-:class:`Names` follows all Models. The operator of every replica feeds it and publishes the result,
-and the leader writes it to the Models' conditions.
+:class:`Names` follows all Models. The operator of every KubeAI replica feeds it and publishes the
+result, and the leader writes it to the Models' conditions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The control plane of one KubeAI replica: wires store, routes, leader, controller and scaling.
 
-Every replica watches Models, pods and API keys, publishes routes and keys, and scales Models up
+Each watches Models, pods and API keys, publishes routes and keys, and scales Models up
 from zero on demand. Only the leader reconciles and autoscales. The supervisor creates one Operator,
 runs it, and reads `synced`.
 """
@@ -24,7 +24,7 @@ from kubeai.logs import get_logger
 from kubeai.operator.controller import Controller
 from kubeai.operator.events import Events
 from kubeai.operator.groups import SetObject, needs_set
-from kubeai.operator.keys import Keys, Known
+from kubeai.operator.keys import KeyWatch, Known
 from kubeai.operator.leader import Leadership
 from kubeai.operator.pods import PodObject
 from kubeai.operator.route_publisher import RoutePublisher
@@ -69,9 +69,9 @@ class Operator:
         self._routes = RoutePublisher(self.store, config, publish)
         self.leader = Leadership(kube, namespace, identity, config.leader_election, self._turn)
         self._events = Events(kube, namespace)
-        self._keys: Keys | None = None
+        self._keys: KeyWatch | None = None
         if publish_key is not None:
-            self._keys = Keys(publish_key, self._emit_about_key, self._begin)
+            self._keys = KeyWatch(publish_key, self._emit_about_key, self._begin)
         fenced = kube.fenced(self.leader.check)  # for all writes that are reserved to the leader
         self._sets = Sets(
             kube,
@@ -117,7 +117,7 @@ class Operator:
 
     @property
     def leads(self) -> bool:
-        """Whether this replica is the leader."""
+        """Whether this KubeAI replica is the leader."""
         return self.leader.leads
 
     def demand(self, model: str) -> None:

@@ -70,7 +70,7 @@ class Refusals:
         self._changed = changed
         self._clock = clock
         self._podless: dict[str, _Podless] = {}  # by the Job's uid
-        self._news = asyncio.Event()
+        self._has_podless = asyncio.Event()
 
     def trouble(self, job: Job) -> tuple[Trouble | None, float | None]:
         """Why the Job has no pod, if it has none, and seconds until the result may change."""
@@ -78,7 +78,7 @@ class Refusals:
             self._podless.pop(job.uid, None)
             return None, None
         podless = self._podless.setdefault(job.uid, _Podless(job, self._clock()))
-        self._news.set()
+        self._has_podless.set()
         if podless.message:
             return Trouble("PodRefused", podless.message), None
         wait_s = podless.since_s + NO_POD_AFTER_S - self._clock()
@@ -92,20 +92,21 @@ class Refusals:
         self._podless.pop(uid, None)
 
     def stopped_leading(self) -> None:
-        """This replica is no longer the leader."""
+        """This KubeAI replica is no longer the leader."""
         self._podless.clear()
 
     async def run(self) -> None:
-        """Read Events while a Job has no pod, until cancelled."""
+        """List Events every READ_INTERVAL_S while any Job has had no pod for READ_AFTER_S, until
+        cancelled."""
         while True:
-            await self._news.wait()
+            await self._has_podless.wait()
             await asyncio.sleep(READ_AFTER_S)
             latest_s = self._clock() - READ_AFTER_S
             if any(one.since_s <= latest_s for one in self._podless.values()):
                 await self._read()
                 await asyncio.sleep(READ_INTERVAL_S - READ_AFTER_S)
             if not self._podless:
-                self._news.clear()
+                self._has_podless.clear()
 
     async def _read(self) -> None:
         try:

@@ -89,7 +89,7 @@ class Services:
         )
 
     def stopped_leading(self) -> None:
-        """This replica is no longer the leader: another may write from now on."""
+        """This KubeAI replica is no longer the leader: another may write from now on."""
         if not self._external:
             self._found.clear()
             self._listed = False

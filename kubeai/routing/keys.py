@@ -15,7 +15,7 @@ from kubeai.api.api_key import PRIORITY_MIN as PRIORITY_MIN
 
 
 class KeyRecord(msgspec.Struct, frozen=True, array_like=True):
-    """One valid key. Limits hold for all workers and replicas together; 0: no limit."""
+    """One valid key. Limits hold for all KubeAI replicas together; 0: no limit."""
 
     name: str  # of the Secret
     digest: bytes  # SHA-256 of the key

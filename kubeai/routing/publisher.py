@@ -23,7 +23,7 @@ from kubeai.routing.rows import Rows
 CACHE_TOKENS = 200_000
 
 
-class Owner(msgspec.Struct, frozen=True):
+class RowOwner(msgspec.Struct, frozen=True):
     """The model or the endpoint that a row of the load table belongs to."""
 
     model: str
@@ -50,8 +50,8 @@ class Publisher:
         self._queues = queues
         self._routes: dict[str, Route] = {}
         self._rows = Rows(table)
-        self.owners: dict[int, Owner] = {}  # by row in use
-        self.rows_of: dict[Owner, set[int]] = {}  # two rows for an endpoint that was added again
+        self.owners: dict[int, RowOwner] = {}  # by row in use
+        self.rows_of: dict[RowOwner, set[int]] = {}  # two rows for an endpoint that was added again
 
     def update(self, model: str, route: Route | None) -> Delta | None:
         """Set a model's route (rows and the order of endpoints are ignored) or remove it (None).
@@ -84,7 +84,7 @@ class Publisher:
         """All routes, for a worker that starts."""
         return Snapshot(self.version, tuple(self._routes.values()))
 
-    def reclaim(self, acknowledged: Iterable[int]) -> list[Owner]:
+    def reclaim(self, acknowledged: Iterable[int]) -> list[RowOwner]:
         """Free dropped rows that are no longer used, and return their owners.
 
         ``acknowledged``: the version that each live worker has applied.
@@ -118,7 +118,7 @@ class Publisher:
 
     def in_use(self, model: str, endpoint: str) -> bool:
         """Whether a worker may still send requests to an endpoint, or still has some in flight."""
-        return Owner(model, endpoint) in self.rows_of
+        return RowOwner(model, endpoint) in self.rows_of
 
     def _with_rows(self, route: Route, old: Route | None) -> Route:
         known = {} if old is None else {e.name: e for e in old.endpoints}
@@ -128,17 +128,17 @@ class Publisher:
         if old is not None:
             row, generation = old.row, old.generation
         else:
-            row, generation = self._own(next(rows), Owner(route.model))
+            row, generation = self._own(next(rows), RowOwner(route.model))
         endpoints = []
         for name in sorted(wanted):
             if (before := known.get(name)) is not None:
                 lease = before.row, before.generation
             else:
-                lease = self._own(next(rows), Owner(route.model, name))
+                lease = self._own(next(rows), RowOwner(route.model, name))
             endpoints.append(replace(wanted[name], row=lease[0], generation=lease[1]))
         return replace(route, endpoints=tuple(endpoints), row=row, generation=generation)
 
-    def _own(self, lease: tuple[int, int], owner: Owner) -> tuple[int, int]:
+    def _own(self, lease: tuple[int, int], owner: RowOwner) -> tuple[int, int]:
         self.owners[lease[0]] = owner
         self.rows_of.setdefault(owner, set()).add(lease[0])
         return lease

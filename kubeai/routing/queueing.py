@@ -7,11 +7,11 @@ as many requests in flight as they can serve well, the route's ``capacity`` (it 
 its head only if no other worker's comes first (``_queue_table``), and otherwise wakes that worker.
 
 A dispatch happens when a request arrives, when the route changes, when this worker is woken because
-a place is free, and on each tick of the server, in case a wake-up was lost. From the second tick
-on, a worker that does not serve its head (it is stopped or hangs) is skipped.
+an endpoint has room, and on each tick of the server, in case a wake-up was lost. From the second
+tick on, a worker that does not serve its head (it is stopped or hangs) is skipped.
 
-KubeAI replicas learn of each other's first requests and free slots with a delay. While a peer's
-request comes first, one slot is left free for it, until the second tick at the latest.
+Peers learn of this KubeAI replica's first request with a delay, and of free capacity too. While a peer's
+request comes first, room for one request is left free for it, until the second tick at the latest.
 
 RoutedModel owns one queue; holding.py waits in it.
 """
@@ -226,7 +226,7 @@ class ModelQueue:
         waiting.wake()
 
     def place(self, waiting: Waiting) -> tuple[int, int]:
-        """A request's place, and how many wait for the model in all workers of this replica.
+        """A request's place, and how many wait for the model in all workers of this KubeAI replica.
 
         The place is up to ``PLACES_AGE_MAX_S`` old. With several workers it is an estimate: the
         others' requests are assumed to be in between evenly.
@@ -271,7 +271,7 @@ class ModelQueue:
         table.publish(row, waiting.priority, start)
         best = table.best(row, skip)
         if best == table.columns - 1 and self._routed.picker.has_room(waiting.adapter, 2):
-            best = table.best(row, skip | 1 << best)  # one place is left to the other replica
+            best = table.best(row, skip | 1 << best)  # room for one is left to the peer
         if best in (-1, table.column):
             return True
         if self._routed.picker.has_room(waiting.adapter):

@@ -60,14 +60,14 @@ class EndpointConnections(Protocol):
 class RoutingTable:
     """A worker's view of all models. Only the supervisor's messages change it, on one event loop.
 
-    ``target`` creates the EndpointConnections that an endpoint's Reservations carry. They are
-    created once per address and row, and closed when the endpoint is removed or either changes.
+    ``make_connections`` creates the EndpointConnections that an endpoint's Reservations carry,
+    once per address and row. They are closed when the endpoint is removed or either changes.
     """
 
     def __init__(
         self,
         table: LoadTable,
-        target: Callable[[RoutedModel, Endpoint], EndpointConnections],
+        make_connections: Callable[[RoutedModel, Endpoint], EndpointConnections],
         clock: Callable[[], float] | None = None,
         index: PrefixIndex | None = None,
         queues: QueueTable | None = None,
@@ -81,7 +81,7 @@ class RoutingTable:
         self.version = 0
         self.queues = queues or _own_queues(table)
         self._table = table
-        self._target = target
+        self._make_connections = make_connections
         self._clock = clock
         self._index = index
         # The same objects for as long as the table lives, as the fast path uses them.
@@ -181,7 +181,7 @@ class RoutingTable:
             return
         if known is None:
             self.models[model] = RoutedModel(
-                self._table, route, self._target, self.queues, self._clock, self._index
+                self._table, route, self._make_connections, self.queues, self._clock, self._index
             )
         else:
             known.update(route)
@@ -211,7 +211,7 @@ class RoutedModel(RoutedFields):
         self,
         table: LoadTable,
         route: Route,
-        target: Callable[[RoutedModel, Endpoint], EndpointConnections],
+        make_connections: Callable[[RoutedModel, Endpoint], EndpointConnections],
         queues: QueueTable,
         clock: Callable[[], float] | None = None,
         index: PrefixIndex | None = None,
@@ -230,7 +230,7 @@ class RoutedModel(RoutedFields):
         self.queue = ModelQueue(self, queues, route.row, route.generation)
         self._queues = queues
         self._table = table
-        self._target = target
+        self._make_connections = make_connections
         self._endpoints: dict[str, Endpoint] = {}  # the route's, by name
         self._upstreams: dict[str, EndpointConnections] = {}  # by endpoint name
         # Removed, with requests still waiting.
@@ -460,7 +460,9 @@ class RoutedModel(RoutedFields):
     def _set_endpoint(self, endpoint: Endpoint, known: Endpoint | None) -> None:
         place = (endpoint.address, endpoint.row, endpoint.generation)
         moved = known is None or (known.address, known.row, known.generation) != place
-        upstream = self._target(self, endpoint) if moved else self._upstreams[endpoint.name]
+        upstream = (
+            self._make_connections(self, endpoint) if moved else self._upstreams[endpoint.name]
+        )
         self.ring.set(endpoint.name, endpoint.row, endpoint.generation, endpoint.adapters, upstream)
         if known is not None and moved:
             self._depart(known)

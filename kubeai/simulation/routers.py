@@ -75,7 +75,7 @@ class Service(Router):
 
 
 class Replica:
-    """One KubeAI replica: a ring and a load table, with the other replicas' last reported loads."""
+    """One KubeAI replica: a ring and a load table, with the peers' last reported loads."""
 
     def __init__(self, setting: Setting, phase: int, now_s: Callable[[], float]) -> None:
         self._supervisor = LoadTable.create(setting.engines + 1, 1)
@@ -115,19 +115,19 @@ class Replica:
         return reservation
 
     def loads(self) -> list[Load]:
-        """This replica's load per engine."""
+        """This KubeAI replica's load per engine."""
         return [
             (self._table.in_flight_here(row), self._table.pending_here(row))
             for row in range(1, len(self._lives))
         ]
 
     def hear(self, number: int, loads: list[Load], sent: list[Sent]) -> None:
-        """Take a report of another replica."""
+        """Take a report of a peer."""
         self.set_peer_loads(number, loads)
         self.note_sent(sent)
 
     def set_peer_loads(self, number: int, loads: list[Load]) -> None:
-        """Record another replica's load per engine."""
+        """Record a peer's load per engine."""
         self._peer_loads[number] = loads
         total_in_flight = total_pending = 0
         for row, counts in enumerate(zip(*self._peer_loads.values(), strict=True), 1):
@@ -146,7 +146,7 @@ class Replica:
         return entries
 
     def note_sent(self, sent: list[Sent]) -> None:
-        """Note what another replica has sent."""
+        """Note what a peer has sent."""
         for row, new_tokens, blocks in sent:
             self._shared_index.note(row, blocks, new_tokens)
 

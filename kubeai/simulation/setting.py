@@ -35,10 +35,10 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int = 1  # of KubeAI; a pick counts at once locally, and in others when they hear it
     shared: bool = True  # whether the replicas exchange their loads
     # Whether they report to each other which prompts they have sent.
-    shares_prompts: bool = msgspec.field(default=True, name="told")
+    shares_prompts: bool = True
     without: tuple[Part, ...] = ()  # parts of PrefixCache that are left out, to measure their worth
     expected: bool = True  # whether a replica assumes that its peers pick as it does itself
-    share_interval_s: float = msgspec.field(default=0.05, name="tell_interval_s")
+    share_interval_s: float = 0.05
     concurrency: int = 32  # concurrent conversations, for those without a start time
     in_flight_max: int = 0  # limit on requests in flight at the client; 0: unlimited
     paced_per_s: float = 0.0  # maximum rate at which requests are due; 0: unlimited

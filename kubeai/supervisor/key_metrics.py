@@ -26,7 +26,7 @@ class KeyLimits(Scraped):
     def collect(self) -> Iterable[Metric]:
         in_flight = GaugeMetricFamily(
             "kubeai_key_requests_in_flight",
-            "Number of this replica's requests of a key with limits that are held or served.",
+            "This KubeAI replica's requests of a key with limits that are held or served.",
             labels=("key",),
         )
         refused = CounterMetricFamily(

@@ -8,7 +8,7 @@ from kubeai.supervisor.peers.peers import Peers
 
 
 class AllLoads:
-    """Loads by model and endpoint name, over this and the other replicas, for the operator."""
+    """Loads by model and endpoint name, of this KubeAI replica and its peers, for the operator."""
 
     def __init__(self, table: LoadTable, publisher: Publisher, peers: Peers) -> None:
         self._table = table
@@ -21,7 +21,7 @@ class AllLoads:
         return self._peers.active(model) + (0 if row is None else self._table.active(row))
 
     def held(self, model: str) -> int:
-        """Requests of a model that this replica holds."""
+        """Requests of a model that this KubeAI replica holds."""
         row = self._publisher.row(model)
         return 0 if row is None else self._table.held(row)
 
@@ -31,7 +31,7 @@ class AllLoads:
         return 0 if row is None else self._table.in_flight(row)
 
     def in_use(self, model: str, endpoint: str) -> bool:
-        """Whether any replica may still send requests to an endpoint, or has some in flight."""
+        """Whether any KubeAI replica may still send an endpoint requests, or has some in flight."""
         return (
             self._publisher.in_use(model, endpoint)
             or self._peers.routes(endpoint)
@@ -44,5 +44,5 @@ class AllLoads:
         return self._peers.ended(model) + (0 if row is None else self._table.ended(row))
 
     def complete(self) -> bool:
-        """Whether the loads of all other replicas are known."""
+        """Whether the loads of all peers are known."""
         return self._peers.complete()

@@ -43,7 +43,7 @@ _REQUEST_TYPES: tuple[RequestType, ...] = ("http", "message")
 class Metrics:
     """All metrics of this KubeAI replica.
 
-    ``peers``: seconds since each other replica last reported its loads, by address. ``streams``:
+    ``peers``: seconds since each peer last reported its loads, by address. ``streams``:
     of the message streams; None: there are none. ``limits`` and ``usage``: of API keys; None: keys
     are not required. ``queues``: None: there are no queues.
     """
@@ -197,17 +197,17 @@ class LoadCollector(Scraped):
     def _endpoints(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
         in_flight = GaugeMetricFamily(
             "kubeai_endpoint_requests_in_flight",
-            "Number of this replica's in-flight requests, by endpoint.",
+            "Number of this KubeAI replica's in-flight requests, by endpoint.",
             labels=("request_model", "endpoint"),
         )
         peers = GaugeMetricFamily(
             "kubeai_endpoint_peers_requests_in_flight",
-            "Number of the other replicas' in-flight requests, as last reported, by endpoint.",
+            "Number of the peers' in-flight requests, as last reported, by endpoint.",
             labels=("request_model", "endpoint"),
         )
         pending = GaugeMetricFamily(
             "kubeai_endpoint_pending_tokens",
-            "Prompt tokens that await the first byte of a response, of all replicas, by endpoint.",
+            "Prompt tokens of all KubeAI replicas that await a first byte, by endpoint.",
             labels=("request_model", "endpoint"),
         )
         choices = [
@@ -275,7 +275,7 @@ class LoadCollector(Scraped):
     def _silences(self) -> Metric:
         silences = GaugeMetricFamily(
             "kubeai_peer_silence_seconds",
-            "Seconds since another KubeAI replica last reported its loads.",
+            "Seconds since a peer last reported its loads.",
             labels=("peer",),
         )
         for address, silence_s in self._peers().items():

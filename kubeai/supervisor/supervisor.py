@@ -58,7 +58,7 @@ class Supervisor:
     """Connects the operator to the workers and keeps the worker processes running.
 
     ``identity`` names this KubeAI replica as the lease holder. ``pod`` is the name of its pod,
-    whose labels select the other replicas (empty: there are none). ``host`` and ``port`` are where
+    whose labels select the peers (empty: there are none). ``host`` and ``port`` are where
     the ``workers`` processes serve requests (port 0: any free one). ``spawn`` starts a process.
     ``started`` is called once, when every worker accepts requests. ``local``: the Kubernetes API
     is that of ``kubeai local``. KubeAIError if an argument or the config cannot be used.
@@ -423,7 +423,7 @@ class Supervisor:
     async def _serve_pages(self) -> web.AppRunner:
         """Serve all local routes on both the metrics and the health address.
 
-        They include the loads that the other replicas read.
+        They include the loads that the peers read.
         """
         app = web.Application()
         app.router.add_get("/metrics", self._get_metrics)

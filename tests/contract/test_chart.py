@@ -27,7 +27,7 @@ from kubeai.operator.apply import Applier
 from kubeai.operator.cache.claims import Claims
 from kubeai.operator.events import Events
 from kubeai.operator.files import Files
-from kubeai.operator.keys import Keys
+from kubeai.operator.keys import KeyWatch
 from kubeai.operator.leader import Leader
 from kubeai.operator.operator import Operator
 from kubeai.operator.refusals import Refusals
@@ -214,8 +214,8 @@ def test_the_console_is_off_by_default_and_gets_only_the_rights_that_it_uses(hel
 
 # What the right to read Secrets is for. `Kube.follow` lists and watches.
 KEYS_NEED = {
-    "secrets list": (Keys.run, "follow(SECRETS"),
-    "secrets watch": (Keys.run, "follow(SECRETS"),
+    "secrets list": (KeyWatch.run, "follow(SECRETS"),
+    "secrets watch": (KeyWatch.run, "follow(SECRETS"),
 }
 
 

@@ -1,7 +1,7 @@
 """Apache Kafka: a consumer group receives requests, a producer publishes responses.
 
 Kafka delivers partitions, not messages. Each partition belongs to one member of the group, so at
-most as many replicas take part as there are partitions. Within a partition, messages are
+most as many KubeAI replicas take part as there are partitions. Within a partition, messages are
 acknowledged in any order; ``progress`` describes what is stored. At most ``WINDOW_MAX_COUNT``
 messages of a partition follow one that is not acknowledged; then the partition is paused.
 

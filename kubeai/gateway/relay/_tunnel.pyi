@@ -3,7 +3,7 @@ from typing import Protocol, final
 
 from kubeai.gateway.relay._exchange import Exchange
 
-class Session(Protocol):
+class TunnelSession(Protocol):
     def wake(self) -> None: ...
 
 @final
@@ -15,7 +15,7 @@ class Tunnel:
 
         ``idle_timeout_s``: after this time without data in either direction, it is closed.
         """
-    def accept(self, session: Session, headers: bytes, greeting: bytes) -> None:
+    def accept(self, session: TunnelSession, headers: bytes, greeting: bytes) -> None:
         """Accept the handshake before there is an engine.
 
         ``headers``: extra lines, each ending in CRLF. ``greeting``: the first frame to the client,

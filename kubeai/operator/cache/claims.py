@@ -81,7 +81,7 @@ class _Annotation(msgspec.Struct):
 
 
 class _Patience(msgspec.Struct):
-    """The back-off of one Model's failed loads since this replica became the leader."""
+    """The back-off of one Model's failed loads since this KubeAI replica became the leader."""
 
     job: str = ""  # uid of the Job that failed last
     failure: str = ""
@@ -143,7 +143,7 @@ class Claims:
         )
 
     def stopped_leading(self) -> None:
-        """This replica is no longer the leader."""
+        """This KubeAI replica is no longer the leader."""
         self._refusals.stopped_leading()
 
     # -- reading ---------------------------------------------------------------------------------

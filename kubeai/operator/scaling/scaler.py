@@ -1,11 +1,11 @@
-"""Writes spec.replicas: any replica scales from zero at once, the leader scales up and down.
+"""Writes spec.replicas: any KubeAI replica scales from zero at once, the leader scales up and down.
 
 :class:`Activator` scales a Model up from zero on demand. This is the only write that needs no
 leadership: the patch carries the Model's resourceVersion, so only a real 0 → 1 transition is
-accepted, even if several replicas try or one has stale data. :class:`Scaler` runs the autoscaler
-and, on one machine, swaps Models.
-Every replica collects samples, so that it has a history when it becomes the leader. Only the leader
-writes, and it stores its averages in a ConfigMap for a next leader that has just started.
+accepted, even if several KubeAI replicas try or one has stale data. :class:`Scaler` runs the
+autoscaler and, on one machine, swaps Models.
+Every KubeAI replica collects samples, so that it has a history when it becomes the leader. Only the
+leader writes, and it stores its averages in a ConfigMap for a next leader that has just started.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kubeai.operator.events import Events
 from kubeai.operator.leader import Leadership, NotLeader
 from kubeai.operator.plan import bounded
 from kubeai.operator.scaling.autoscaler import Autoscaler, Decision, Sample
-from kubeai.operator.scaling.swap import Swap, View
+from kubeai.operator.scaling.swap import ModelLoad, Swap
 from kubeai.operator.scaling.timeline import Timeline
 from kubeai.operator.store import Store
 
@@ -52,7 +52,7 @@ class Loads(PodLoads, Protocol):
         ...
 
     def held(self, model: str) -> int:
-        """Requests that wait for an endpoint in this replica."""
+        """Requests that wait for an endpoint in this KubeAI replica."""
         ...
 
     def ended(self, model: str) -> int:
@@ -173,7 +173,7 @@ class _State(msgspec.Struct, rename="camel"):
 
 
 class Scaler:
-    """Feeds the autoscaler with samples and, while this replica leads, patches spec.replicas."""
+    """Feeds the autoscaler with samples and, while this process leads, patches spec.replicas."""
 
     def __init__(
         self,
@@ -257,8 +257,8 @@ class Scaler:
         await self._save({name: decision.average for name, decision in decisions.items()})
 
     async def _make_room(self, swap: Swap, now_s: float) -> None:
-        views = [
-            View(
+        loads = [
+            ModelLoad(
                 model,
                 [p for p in self._store.pods_of(name) if p.owner == model.metadata.uid],
                 self._loads.active(name),
@@ -266,7 +266,7 @@ class Scaler:
             )
             for name, model in self._store.models.items()
         ]
-        for eviction in swap.step(views, now_s):
+        for eviction in swap.step(loads, now_s):
             model = self._store.models.get(eviction.model)
             if model is None or self._loads.active(eviction.model):
                 continue  # a request has arrived since the sample was taken

@@ -25,7 +25,7 @@ IDLE_S = 2.0
 Amounts = Mapping[str, int]  # resource → billionths
 
 
-class View(msgspec.Struct, frozen=True):
+class ModelLoad(msgspec.Struct, frozen=True):
     """A Model, its replicas and its load at one moment."""
 
     model: Model
@@ -62,25 +62,25 @@ class Swap:
         self._ended: dict[str, int] = {}
         self._waits_since_s: dict[str, float] = {}
 
-    def step(self, views: Sequence[View], now_s: float) -> list[Eviction]:
+    def step(self, loads: Sequence[ModelLoad], now_s: float) -> list[Eviction]:
         """Observe all Models; returns those that make room now."""
-        tenants = [self._tenant(view, now_s) for view in views]
+        tenants = [self._tenant(load, now_s) for load in loads]
         names = {tenant.name for tenant in tenants}
         for memory in (self._used_s, self._ended, self._waits_since_s):
             for gone in memory.keys() - names:
                 del memory[gone]
         return make_room(tenants, self._allocatable)
 
-    def _tenant(self, view: View, now_s: float) -> _Tenant:
-        model, name = view.model, view.model.metadata.name
-        if view.active or view.ended != self._ended.get(name) or not model.spec.replicas:
+    def _tenant(self, load: ModelLoad, now_s: float) -> _Tenant:
+        model, name = load.model, load.model.metadata.name
+        if load.active or load.ended != self._ended.get(name) or not model.spec.replicas:
             self._used_s[name] = now_s
-        self._ended[name] = view.ended
-        if _waits(view):
+        self._ended[name] = load.ended
+        if _waits(load):
             self._waits_since_s.setdefault(name, now_s)
         else:
             self._waits_since_s.pop(name, None)
-        placed = [pod for pod in view.pods if pod.scheduled and not pod.finished]
+        placed = [pod for pod in load.pods if pod.scheduled and not pod.finished]
         staying = min(sum(pod.counts for pod in placed), model.spec.replicas or 0)
         deleting = model.metadata.deletion_timestamp is not None
         idle = now_s - self._used_s[name] >= IDLE_S
@@ -96,17 +96,17 @@ class Swap:
         )
 
 
-def _waits(view: View) -> bool:
+def _waits(load: ModelLoad) -> bool:
     """Whether requests are held for a Model only because its replica does not fit."""
     return (
-        view.active > 0
-        and not any(pod.serves for pod in view.pods)
+        load.active > 0
+        and not any(pod.serves for pod in load.pods)
         and any(
             pod.counts
             and pod.trouble is not None
             and pod.trouble.reason == "Unschedulable"
             and "Insufficient" in pod.trouble.message
-            for pod in view.pods
+            for pod in load.pods
         )
     )
 

@@ -76,7 +76,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     why: str
 
 
-class Names:
+class RowNames:
     """Which Model or endpoint a row of the load table belongs to or belonged to, by generation."""
 
     def __init__(self, table: LoadTable) -> None:
@@ -174,7 +174,7 @@ class Traffic:
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
     ) -> None:
-        self.names = Names(table)
+        self.names = RowNames(table)
         self.count = 0  # requests read so far
         self._journal = journal
         self._clock = clock

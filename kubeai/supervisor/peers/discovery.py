@@ -1,4 +1,4 @@
-"""Finds the other replicas of this KubeAI: pods with the same labels as its own pod.
+"""Finds the peers: pods with the same labels as its own pod.
 
 It selects by the two labels that Helm charts set on the pods of a release. If they are missing, it
 selects by all labels except those that controllers set per pod or per revision.
@@ -40,7 +40,7 @@ class _Pod(msgspec.Struct, rename="camel"):
 
 
 def selector(labels: Mapping[str, str]) -> str:
-    """The label selector for replicas of the pod with these labels; empty if it has none."""
+    """The label selector for the peers of the pod with these labels; empty if it has none."""
     chosen: Iterable[str] = RELEASE_LABELS
     if not all(label in labels for label in RELEASE_LABELS):
         chosen = sorted(labels.keys() - set(_OF_ONE_POD))
@@ -48,12 +48,12 @@ def selector(labels: Mapping[str, str]) -> str:
 
 
 class Discovery:
-    """Watches the replicas' pods. Calls ``changed`` with the other replicas' IPs on each change."""
+    """Watches the KubeAI replicas' pods. Calls ``changed`` with the peers' IPs on each change."""
 
     def __init__(
         self, kube: Kube, namespace: str, pod: str, changed: Callable[[set[str]], None]
     ) -> None:
-        self.listed = not pod  # whether the replicas are known
+        self.listed = not pod  # whether the peers are known
         self._kube = kube
         self._namespace = namespace
         self._pod = pod

@@ -1,4 +1,4 @@
-"""Streams this replica's own loads to the other replicas as they change.
+"""Streams this KubeAI replica's own loads to the peers as they change.
 
 Owns the stream of ``GET /loads``. It reads the load table every ``TICK_S``, but only while there
 are listeners. A slow listener gets fewer and larger frames, never a longer queue.
@@ -16,7 +16,7 @@ from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai._queue_table import QueueTable
 from kubeai._readings import Readings
-from kubeai.routing.publisher import Owner, Publisher
+from kubeai.routing.publisher import Publisher, RowOwner
 from kubeai.supervisor.peers import wire
 from kubeai.supervisor.peers.key_uses import KeyFeed
 
@@ -25,14 +25,14 @@ LISTENERS_MAX = 64
 WRITE_TIMEOUT_S = 5.0
 # Prompts that a tick reports: the newest of each worker, at most 1,280 per second and, at 10 blocks
 # each, some 130 KB. A listener that is late or new gets the newest SENT_MAX. A prompt that is left
-# out costs worse picks until a replica sends a similar one itself.
+# out costs worse picks until a KubeAI replica sends a similar one itself.
 SENT_PER_TICK_MAX = 64
 SENT_MAX = 2048
 GONE_MAX_ENDPOINTS = 10_000  # removed endpoints kept, so that listeners can be sent GONE
 
 
 class Feed:
-    """This replica's loads by name, and in which frame each last changed."""
+    """This KubeAI replica's loads by name, and in which frame each last changed."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Feed:
         self._heads: dict[int, wire.Head] = {}  # by row, as last read
         self._readings = Readings(table)
         self._frames = 0  # number of the latest frame with changes
-        self._changed: OrderedDict[Owner, int] = OrderedDict()  # owner → frame, oldest first
+        self._changed: OrderedDict[RowOwner, int] = OrderedDict()  # owner → frame, oldest first
         self._sent: deque[tuple[int, wire.SentPrompt]] = deque(maxlen=SENT_MAX)  # (frame, prompt)
         self._memo = (-1, -1, b"")  # (since, until, bytes), shared by listeners that keep up
         self._listeners = 0
@@ -100,7 +100,7 @@ class Feed:
         rows = before.keys() | self._heads.keys()
         return [row for row in rows if before.get(row) != self._heads.get(row)]
 
-    def freed(self, owners: Collection[Owner]) -> None:
+    def freed(self, owners: Collection[RowOwner]) -> None:
         """A row of each owner was freed. An owner without rows is reported as gone."""
         if self._listeners:
             self._note(owners)
@@ -109,7 +109,7 @@ class Feed:
                 if owner not in self._publisher.rows_of:
                     self._changed.pop(owner, None)
 
-    def _note(self, touched: Collection[Owner]) -> None:
+    def _note(self, touched: Collection[RowOwner]) -> None:
         if not touched:
             return
         self._frames += 1

@@ -1,11 +1,11 @@
-"""What API keys have used of their limits, between the replicas of KubeAI.
+"""What API keys have used of their limits, between KubeAI replicas.
 
-:class:`KeyFeed` finds what this replica's workers have counted, for the other replicas, and
+:class:`KeyFeed` finds what this KubeAI replica's workers have counted, for the peers, and
 :class:`PeerUses` records what those report in the supervisor's column of the key table. Both know
-keys by name, because each replica assigns rows of its own. A report is a state, not an increment:
+keys by name, because each peer assigns rows of its own. A report is a state, not an increment:
 the requests in flight, and the requests and tokens of the last minute. So a lost report or a
-replica that restarts leaves nothing behind; and as what was counted becomes older, it is reported
-again with each interval of the key table. What a replica has counted before it left counts for
+peer that restarts leaves nothing behind; and as what was counted becomes older, it is reported
+again with each interval of the key table. What a peer has counted before it left counts for
 another minute, so that limits hold during a rolling update. Used by peers.py and feed.py.
 """
 
@@ -20,7 +20,7 @@ from kubeai._key_table import KeyTable
 from kubeai.supervisor.peers import wire
 
 UNUSED = (0, 0, 0)
-LEFT_S = 60.0  # how long a report counts after its replica has left
+LEFT_S = 60.0  # how long a report counts after its peer has left
 GONE_MAX_KEYS = 10_000  # deleted keys that are kept, so that listeners learn of them
 
 
@@ -37,7 +37,7 @@ class KeyRows(Protocol):
 
 
 class KeyFeed:
-    """This replica's uses by key name, and in which frame each last changed."""
+    """This KubeAI replica's uses by key name, and in which frame each last changed."""
 
     def __init__(self, table: KeyTable, keys: KeyRows) -> None:
         self._table = table
@@ -84,7 +84,7 @@ class KeyFeed:
 
 
 class PeerUses:
-    """The other replicas' last reported uses. Writes their sums to the key table."""
+    """The peers' last reported uses. Writes their sums to the key table."""
 
     def __init__(self, table: KeyTable, keys: KeyRows) -> None:
         self._table = table
@@ -98,7 +98,7 @@ class PeerUses:
     ) -> None:
         """Apply a peer's report. ``whole``: it is complete; keys missing from it are not used.
 
-        A complete report may come from a replica that has started again at the address, and knows
+        A complete report may come from a peer that has started again at the address, and knows
         nothing of what it has counted before. BadFrame if there are too many keys.
         """
         touched = set(uses)

@@ -35,7 +35,7 @@ class PeerLost(KubeAIError):
 
 
 class OwnIdentity(KubeAIError):
-    """The peer at this address is this replica itself."""
+    """The peer at this address is this KubeAI replica itself."""
 
 
 class Report(NamedTuple):
@@ -48,7 +48,7 @@ class Report(NamedTuple):
 async def listen(
     session: aiohttp.ClientSession, address: str, identity: str, *, metrics_first: bool = False
 ) -> AsyncGenerator[Report, None]:
-    """Yield the reports of the replica at ``address`` (``ip:port``), until PeerLost or BadFrame.
+    """Yield the reports of the peer at ``address`` (``ip:port``), until PeerLost or BadFrame.
 
     Raises OwnIdentity if its identity equals ``identity``. ``metrics_first``: do not request
     ``/loads`` before the peer has announced it.

@@ -24,7 +24,7 @@ from kubeai._queue_table import QueueTable
 from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.logs import get_logger
-from kubeai.routing.publisher import Owner, Publisher
+from kubeai.routing.publisher import Publisher, RowOwner
 from kubeai.supervisor.peers import wire
 from kubeai.supervisor.peers.discovery import Discovery
 from kubeai.supervisor.peers.feed import TICK_S, Feed
@@ -44,7 +44,7 @@ SETTLE_INTERVAL_S = TICK_S / 4
 
 
 class Peers:
-    """``pod``: our own pod, whose labels select the other replicas; empty outside a cluster.
+    """``pod``: our own pod, whose labels select the peers; empty outside a cluster.
 
     ``keys``: the key table and the rows of keys; None: keys are not required.
 
@@ -89,19 +89,19 @@ class Peers:
     # -- reading ---------------------------------------------------------------------------------
 
     def active(self, model: str) -> int:
-        """A model's requests that other replicas have in flight or hold."""
+        """A model's requests that peers have in flight or hold."""
         return self._view.active(model)
 
     def ended(self, model: str) -> int:
-        """A model's requests that other replicas have reported as ended. Never falls."""
+        """A model's requests that peers have reported as ended. Never falls."""
         return self._view.ended(model)
 
     def in_flight(self, endpoint: str) -> int:
-        """Other replicas' in-flight requests at an endpoint."""
+        """Peers' in-flight requests at an endpoint."""
         return self._view.in_flight(endpoint)
 
     def routes(self, endpoint: str) -> bool:
-        """Whether any other replica may still send requests to an endpoint or has some there."""
+        """Whether any peer may still send requests to an endpoint or has some there."""
         return self._view.routes(endpoint)
 
     def complete(self) -> bool:
@@ -145,7 +145,7 @@ class Peers:
         if self._uses is not None:
             self._uses.put(name)
 
-    def freed(self, owners: Collection[Owner]) -> None:
+    def freed(self, owners: Collection[RowOwner]) -> None:
         """A load table row of each of these owners has been freed."""
         self._feed.freed(owners)
 
@@ -156,7 +156,7 @@ class Peers:
     # -- life ------------------------------------------------------------------------------------
 
     async def run(self, port: int) -> None:
-        """Follow all peers forever. ``port``: where every replica serves ``/loads``."""
+        """Follow all peers forever. ``port``: where every peer serves ``/loads``."""
         self._port = port
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             self._session = session
@@ -175,11 +175,11 @@ class Peers:
                 await asyncio.gather(*listeners, return_exceptions=True)
 
     def close(self) -> None:
-        """End all streams that this replica serves."""
+        """End all streams that this KubeAI replica serves."""
         self._feed.close()
 
     def _found(self, ips: set[str]) -> None:
-        """Follow the replicas at these IPs, and drop those that are gone."""
+        """Follow the peers at these IPs, and drop those that are gone."""
         hosts = (f"[{ip}]" if ":" in ip else ip for ip in ips)
         wanted = self._fixed | {f"{host}:{self._port}" for host in hosts}
         for address in self._tasks.keys() - wanted:
@@ -247,7 +247,7 @@ class Peers:
     # -- the prefix index ------------------------------------------------------------------------
 
     def _note(self, prompts: Iterable[wire.SentPrompt]) -> None:
-        """Note what a peer has sent, for endpoints that this replica routes to as well."""
+        """Note what a peer has sent, for endpoints that this KubeAI replica routes to as well."""
         for prompt in prompts:
             row = self._rows.get(prompt.endpoint)
             if row is not None:
@@ -273,7 +273,7 @@ class Peers:
             total_pending += pending
         self._table.set_peers(route.row, route.generation, total, total_pending)
         if self._queues is not None:
-            self._queues.notify(route.row)  # places may be free
+            self._queues.notify(route.row)  # there may be room
 
     # -- the queue table's column ------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ class Peers:
         head = self._view.queue(model)
         if head is None:
             self._queues.clear_peers(route.row)
-            self._queues.notify(route.row)  # a place was left free for it
+            self._queues.notify(route.row)  # room was left free for it
             return
         priority, start, now = head
         self._queues.advance(route.row, now)

@@ -1,4 +1,4 @@
-"""The other replicas' last reported loads, and their sums. Pure.
+"""The peers' last reported loads, and their sums. Pure.
 
 A peer's last report is kept until the peer has been silent for ``HOLD_S``. From ``STALE_S`` of
 silence on the view counts as incomplete. Time is passed in (seconds of a monotonic clock).
@@ -19,7 +19,7 @@ NAMES_MAX = 65_536  # per peer; 1,000 Models with 10,000 endpoints are 11,000
 
 
 class Peer(msgspec.Struct):
-    """One other replica."""
+    """One peer."""
 
     known_s: float  # when we started to follow it
     reported_s: float | None = None  # when its last report arrived

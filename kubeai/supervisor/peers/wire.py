@@ -15,12 +15,12 @@ from kubeai._prompt import BLOCKS_MAX
 from kubeai.errors import KubeAIError
 
 PATH = "/loads"
-# Header of /metrics responses: this replica also serves PATH. KubeAI in Go does not send it.
+# Header of /metrics responses: this KubeAI replica also serves PATH. KubeAI in Go does not send it.
 MARKER = "X-KubeAI-Loads"
 CONTENT_TYPE = "application/vnd.kubeai.loads"
 HEARTBEAT_S = 1.0
 FRAME_MAX_BYTES = 8 << 20  # 1,000 Models with 10,000 endpoints take 0.6 MB
-COUNT_MAX = 1 << 20  # a replica never has more open requests
+COUNT_MAX = 1 << 20  # a KubeAI replica never has more open requests
 GONE = -1
 
 TOKENS_MAX = 1 << 26
@@ -57,8 +57,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello", array_like=True):
 class Loads(msgspec.Struct, frozen=True, tag="loads", array_like=True):
     """Changes since the previous frame.
 
-    An endpoint (a pod, by name) is reported as soon as the replica routes to it, even with 0
-    in-flight requests, until none of the replica's workers can send it requests: then ``GONE``.
+    An endpoint (a pod, by name) is reported as soon as the peer routes to it, even with 0
+    in-flight requests, until none of the peer's workers can send it requests: then ``GONE``.
     A Model that is gone is None.
     """
 

@@ -4,7 +4,7 @@
     store    the ConfigMaps: reads, writes, retries
     metrics  Prometheus metrics
     shards   which ConfigMap has what, and the writes to it; pure
-    ledger   the counts of this replica; pure
+    ledger   the counts of this KubeAI replica; pure
 
 Each module imports only those below it.
 """

@@ -1,7 +1,7 @@
-"""The usage of API keys in one replica, from the workers' reports to metrics and ConfigMaps.
+"""The usage of API keys in one KubeAI replica, from the workers' reports to metrics and ConfigMaps.
 
 The supervisor owns one :class:`UsageBook`. It stores what is new every ``FLUSH_INTERVAL_S`` and
-when the supervisor ends, so a replica that is killed loses at most that much.
+when the supervisor ends, so a KubeAI replica that is killed loses at most that much.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class UsageBook:
         loop = asyncio.get_running_loop()
         tidied_s = -TIDY_INTERVAL_S
         while True:
-            # Replicas that start together do not write together.
+            # KubeAI replicas that start together do not write together.
             await asyncio.sleep(FLUSH_INTERVAL_S * random.uniform(1, FLUSH_JITTER))
             await self._store.flush()
             known = self._keys()

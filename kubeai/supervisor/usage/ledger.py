@@ -1,4 +1,4 @@
-"""The usage that this replica's workers have reported: sums, and what has not been stored yet."""
+"""The usage that the workers have reported: sums, and what has not been stored yet."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The usage of keys as Prometheus metrics: this replica's requests since its process started.
+"""The usage of keys as Prometheus metrics: this KubeAI replica's, since its process started.
 
-Series exist for keys that exist, and are removed with them. The series of all replicas add up to
-the usage of a key.
+Series exist for keys that exist, and are removed with them. The series of all KubeAI replicas
+add up to the usage of a key.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which ConfigMap has the usage of which key, and what is written to it. Pure.
 
 The usage of a key and a Model is added to the ConfigMap that has it already. New ones go to the
-first with room, so that a small installation has one ConfigMap. Several replicas may put the same
-key into different ones: readers add them up.
+first with room, so that a small installation has one ConfigMap. Several KubeAI replicas may put the
+same key into different ones: readers add them up.
 
 A write is conditional on the version that was read, and has a number by which its writer recognises
 it. A writer that does not learn whether a write succeeded can so find out, and nothing is counted
@@ -222,8 +222,8 @@ class Shards:
     def give_up(self, shard: Shard) -> dict[str, KeyUsage]:
         """End a write for which a ConfigMap has no room, and return its counts.
 
-        Several replicas have filled the ConfigMap at once. It has been read since, so what is not
-        in it yet goes to another one.
+        Several KubeAI replicas have filled the ConfigMap at once. It has been read since, so what
+        is not in it yet goes to another one.
         """
         assert shard.write is not None, "begin_write was called"
         usage, shard.write = shard.write.usage, None

@@ -1,8 +1,8 @@
-"""Keeps the usage of all replicas in ConfigMaps.
+"""Keeps the usage of all KubeAI replicas in ConfigMaps.
 
-Each replica adds what its own workers have reported. A write that conflicts with another replica's
-is repeated on what was read again. One whose outcome is unknown is not repeated before the
-ConfigMap has been read: it may have been made; see :mod:`.shards`.
+Each adds what its own workers have reported. A write that conflicts with a peer's is repeated
+on what was read again. One whose outcome is unknown is not repeated before the ConfigMap has been
+read: it may have been made; see :mod:`.shards`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class UsageStore:
         ledger: UsageLedger,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``identity``: of this replica. ``clock``: Unix time."""
+        """``identity``: of this KubeAI replica. ``clock``: Unix time."""
         self._kube = kube
         self._namespace = namespace
         self._ledger = ledger

@@ -19,7 +19,7 @@ from kubeai.loadtest.messages import Batch, Go, Stop, frame
 from kubeai.loadtest.progress import Progress
 from kubeai.loadtest.reports import output
 from kubeai.loadtest.run import client_line
-from kubeai.loadtest.saturation import Usage
+from kubeai.loadtest.saturation import GeneratorUsage
 from kubeai.loadtest.scenario import (
     ENDLESS,
     ClosedLoop,
@@ -45,9 +45,9 @@ def scenario(**fields: Any) -> Scenario:
 # -- whether the client was the bottleneck ---------------------------------------------------------
 
 
-def usage(*shares: float, late_s: float = 0.001) -> Usage:
+def usage(*shares: float, late_s: float = 0.001) -> GeneratorUsage:
     """The usage of a generator that used these shares of a core, second by second."""
-    one, cpu_s = Usage(), 0.0
+    one, cpu_s = GeneratorUsage(), 0.0
     for second, share in enumerate(shares, 1):
         cpu_s += share
         one.note(batch(float(second), [], 1000 * second, cpu_s, [late_s] * 10))
@@ -112,7 +112,7 @@ def test_the_cpu_cost_sums_all_processes_and_the_share_is_the_busiest_ones():
     assert client_line(cost) == (
         "client: 400.0 µs of CPU per chunk (200.0 in the kernel), 60 % of a core, 2 processes"
     )
-    nothing = saturation.cost([Usage()])
+    nothing = saturation.cost([GeneratorUsage()])
     assert client_line(nothing) == "client: 0 % of a core, 1 process"
 
 

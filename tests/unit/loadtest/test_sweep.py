@@ -14,19 +14,19 @@ from kubeai.loadtest.arguments import OptionError
 from kubeai.loadtest.reports.output import Outputs
 from kubeai.loadtest.scenario import Exact
 from kubeai.loadtest.simulate import Simulation
-from kubeai.loadtest.sweep import POINTS_MAX, Plan, Search
+from kubeai.loadtest.sweep import POINTS_MAX, Search, SweepPlan
 from kubeai.simulation.results import Limit, read
 from kubeai.simulation.traffic import Arrivals, RandomLengths
 
 SLO = "ttft:p99:500ms"
 
 
-def plan(**fields: Any) -> Plan:
+def plan(**fields: Any) -> SweepPlan:
     limits = (Limit("ttft", "p99", most=500.0),)
-    return Plan(**({"limits": limits, "arrivals": Arrivals(per_s=1.0)} | fields))
+    return SweepPlan(**({"limits": limits, "arrivals": Arrivals(per_s=1.0)} | fields))
 
 
-def searched(plan: Plan, capacity: float) -> tuple[list[float], Search]:
+def searched(plan: SweepPlan, capacity: float) -> tuple[list[float], Search]:
     """The rates that are tried if all up to the capacity hold."""
     search, tried = Search(plan), []
     while search.rate is not None:
@@ -65,7 +65,7 @@ def test_given_rates_are_tried_in_order_until_one_breaks():
     assert (search.held, search.broke) == (5.0, 7.0)
 
 
-def made(**fields: Any) -> Plan:
+def made(**fields: Any) -> SweepPlan:
     given = {"slo": [SLO]} | fields
     return sweep.plan(arguments.Rates(**given), options.limits(given["slo"]))
 

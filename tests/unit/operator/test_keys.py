@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kubeai.api.api_key import KeySecret
 from kubeai.kube.decoding import decode_leniently
 from kubeai.kube.resources import PODS, SECRETS
-from kubeai.operator.keys import DUPLICATE, UNUSABLE, Keys
+from kubeai.operator.keys import DUPLICATE, UNUSABLE, KeyWatch
 
 KEY = "sk-kubeai-abcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -70,7 +70,7 @@ def world():
 
 @pytest.fixture
 def keys(world):
-    keys = Keys(world.publish, world.emit)
+    keys = KeyWatch(world.publish, world.emit)
     keys.replace([])
     return keys
 
@@ -197,7 +197,7 @@ SECRETS_OF = st.builds(
 )  # fmt: skip
 def test_after_any_history_each_digest_belongs_to_its_oldest_valid_secret(history):
     world = Published()
-    keys = Keys(world.publish, world.emit)
+    keys = KeyWatch(world.publish, world.emit)
     secrets = {}
     for kind, what in history:
         if kind == "LIST":
@@ -233,7 +233,7 @@ def test_neither_keys_nor_annotations_are_kept(keys, world):
             text = each if isinstance(each, str) else each.decode("latin-1")
             assert marker not in text
             assert base64.b64encode(marker.encode()).decode() not in text
-        elif isinstance(each, dict | list | set | tuple | Keys | Published | msgspec.Struct):
+        elif isinstance(each, dict | list | set | tuple | KeyWatch | Published | msgspec.Struct):
             waiting += gc.get_referents(each)
 
 
@@ -254,7 +254,7 @@ class TestWatch:
     async def test_changes_arrive_and_the_list_is_announced(self):
         kube, world, listed = FakeKube(), Published(), []
         await kube.create(SECRETS, manifest())
-        keys = Keys(world.publish, world.emit, lambda: listed.append(True))
+        keys = KeyWatch(world.publish, world.emit, lambda: listed.append(True))
         task = asyncio.create_task(keys.run(kube, "default"))
         try:
             await asyncio.sleep(1)
@@ -270,7 +270,7 @@ class TestWatch:
     async def test_without_the_permission_keys_are_not_listed(self, capsys):
         kube, world = FakeKube(), Published()
         kube.missing.add("secrets")
-        keys = Keys(world.publish, world.emit)
+        keys = KeyWatch(world.publish, world.emit)
         task = asyncio.create_task(keys.run(kube, "default"))
         try:
             await asyncio.sleep(10)

@@ -64,7 +64,7 @@ class PodContext(Protocol):
         """Run a task that the pod waits for before it has terminated."""
 
 
-class RestartBackoff:
+class CrashLoopBackoff:
     """Kubernetes' crash loop back-off: 0, then ``first_s``, doubling up to ``max_s``."""
 
     def __init__(self, first_s: float, max_s: float, reset_s: float) -> None:
@@ -101,7 +101,7 @@ class ContainerRunner:
         self._finished = False
         self._kill_reason: tuple[str, str] | None = None  # of the kill: reason, message
         timing = pod.host.timing
-        self._restart = RestartBackoff(
+        self._restart = CrashLoopBackoff(
             timing.restart_first_s, timing.restart_max_s, timing.restart_reset_s
         )
 

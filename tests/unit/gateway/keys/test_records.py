@@ -61,7 +61,7 @@ def test_an_invalid_selector_selects_nothing():
     table.apply(KeyDelta(1, "a", record("a", "ka", models="x in (")))
     key = table.by_name["a"]
     assert key.restricted
-    assert not key.selects({"x": "1"})
+    assert not key.allows_labels({"x": "1"})
 
 
 async def test_a_credential_from_elsewhere_is_checked_and_counted():

@@ -6,12 +6,12 @@ import uuid
 import pytest
 from fakes.running_pods import HTTP, PORTS, PYTHON, SERVE, SLEEP, is_ready
 
-from kubeai.local.kubelet.pods.container import RestartBackoff
+from kubeai.local.kubelet.pods.container import CrashLoopBackoff
 from kubeai.local.kubelet.pods.host import Timing
 
 
 def test_restarts_back_off_from_10_s_to_5_min_and_reset_after_10_min():
-    backoff = RestartBackoff(10, 300, 600)
+    backoff = CrashLoopBackoff(10, 300, 600)
     waits = [backoff.after(1) for _ in range(8)]
     assert waits == [0, 10, 20, 40, 80, 160, 300, 300]
     assert backoff.after(600) == 0
