@@ -41,7 +41,6 @@ LOGS_MAX = 16  # that are followed at a time
 LOG_LINES_DEFAULT, LOG_LINES_MAX = 200, 10_000
 HEAD_MAX_BYTES = 64 << 10  # of a request, and of each of its lines
 CHANGE_HEADER = "X-KubeAI-UI"
-CHANGE_TYPES = ("application/json", "application/yaml")
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
