@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from kubeai._rate_limit import RateLimit
 from kubeai.gateway.relay._relay import RETRY_AFTER_S
-from kubeai.gateway.retries import ENGINE_DIED
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, model_not_found
 from kubeai.routing.queueing import Blocked, Displaced, ModelGone, NoEndpoint, Waiting
@@ -49,12 +48,13 @@ _refusals = RateLimit(burst_max=50, per_s=1)
 
 def advice(error: BadRequest) -> dict[str, str]:
     """Headers of an error response that say whether the client should retry, and when."""
-    if error.code in (ENGINE_DIED, CANNOT_START):
-        return {"x-should-retry": "false"}  # OpenAI's clients would retry a 502 or 503
-    if error.retry_after_s is not None:
-        headers = {"Retry-After": str(error.retry_after_s)}
-        return headers if error.is_retryable else {**headers, "x-should-retry": "false"}
-    return {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else {}
+    retry_after_s = error.retry_after_s
+    if retry_after_s is None and error.is_retryable and error.status in (429, 503):
+        retry_after_s = RETRY_AFTER_S
+    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    if not error.is_retryable:
+        headers["x-should-retry"] = "false"  # OpenAI's clients would retry a 429, 502 or 503
+    return headers
 
 
 async def hold(
@@ -214,7 +214,8 @@ def _blocked(routed: RoutedModel, request: InferenceRequest, block: Block) -> Ba
         f"The model {request.model!r} cannot be served. {block.reason}: {block.message}",
         status=503,
         code=UNAVAILABLE if block.retry else CANNOT_START,
-        retry_after_s=_retry_after_s(routed),
+        retry_after_s=_retry_after_s(routed) if block.retry else None,
+        is_retryable=block.retry,
     )
 
 

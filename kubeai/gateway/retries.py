@@ -37,7 +37,6 @@ PROOF_PAUSES_S = (0.02, 0.04, 0.08, 0.16, 0.32)
 
 NO_ANSWER = 0
 TIMED_OUT = -1
-ENGINE_DIED = "engine_died"
 _CODES = {503: "model_unavailable", 504: "timeout"}  # of failures that are answered; as elsewhere
 
 
@@ -300,5 +299,6 @@ async def check_loss(retries: Retries, routed: RoutedModel, lost: Reservation, a
         raise BadRequest(
             "The engine crashed while serving this request. It is not retried.",
             status=502,
-            code=ENGINE_DIED,
+            code="engine_died",
+            is_retryable=False,
         )
