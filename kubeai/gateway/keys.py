@@ -41,17 +41,13 @@ class Keys:
     """See the module. ``by_digest`` is the context's dictionary, and stays the same object."""
 
     def __init__(
-        self,
-        by_digest: dict[bytes, Key],
-        failures_per_minute: int,
-        events: EventCounter,
-        clock: Callable[[], float] = time.monotonic,
+        self, by_digest: dict[bytes, Key], failures_per_minute: int, events: EventCounter
     ) -> None:
         """``failures_per_minute``: of a client address; 0: no limit. ``events``: for metrics."""
         self.by_digest = by_digest
         self.by_name: dict[str, Key] = {}
         self.audit = AuditLog(events)
-        self.failures = FailureLimit(failures_per_minute, clock)
+        self.failures = FailureLimit(failures_per_minute)
 
     def apply(self, message: KeySnapshot | KeyDelta) -> bool:
         """Apply a change. Returns whether keys were revoked, or are no longer an administrator's.
@@ -134,7 +130,7 @@ def check_credential(
 class FailureLimit:
     """Token buckets by client address. IPv6 addresses count by their /64."""
 
-    def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.per_minute = per_minute
         self._clock = clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # latest use last
