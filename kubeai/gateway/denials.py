@@ -1,7 +1,7 @@
 """Errors for clients whose key is not valid or not sufficient, and the audit log of all denials.
 
-A key or its digest occurs in neither: keys are named by their Secrets. Called by keys.py, proxy.py,
-attempts.py, which logs every denial that it answers, and local_routes.py.
+A key or its digest occurs in neither: keys are named by their Secrets. Called by keys.py,
+console.py, proxy.py, attempts.py, which logs every denial that it answers, and local_routes.py.
 """
 
 from __future__ import annotations

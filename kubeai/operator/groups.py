@@ -2,7 +2,7 @@
 
 :func:`compose` turns a set and its pods into the value that plan, routes and status handle like any
 other replica: ready while its leader is, with the leader's address, and in trouble if one of its
-pods is. Used by the store; `kubeai.operator.sets` follows the sets.
+pods is. Used by the store and the operator; `kubeai.operator.sets` follows the sets.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Exact Kubernetes quantities (``500m``, ``1.5Gi``, ``2e3``), formatted as Kubernetes does.
 
-Used to multiply a resource profile by its count, and to read sizes in the system config. The
-canonical form follows apimachinery's resource.Quantity: no precision is lost, there are no
-fractional digits, and the suffix is the largest for which both hold.
+Used to multiply a resource profile by its count, to read sizes in the system config, and by the
+embedded API and the kubelet for the quantities of pods. The canonical form follows apimachinery's
+resource.Quantity: no precision is lost, there are no fractional digits, and the suffix is the
+largest for which both hold.
 """
 
 from __future__ import annotations
