@@ -227,6 +227,9 @@ cdef class Renaming:
             self.mode = STRING_ESCAPE if c == c"\\" else STRING
 
 
+# -- for tests -------------------------------------------------------------------------------------
+
+
 def rename(bytes old not None, bytes new not None, bint is_events, bint is_single, *pieces):
     """The body that is sent for one that comes in pieces. For tests only."""
     cdef Renaming renaming = Renaming(old, new)
