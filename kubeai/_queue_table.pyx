@@ -40,6 +40,7 @@ from kubeai._shared_table cimport (
     TableHeader,
     check_shape,
     read_table_header,
+    stride_of,
 )
 
 cdef enum:
@@ -69,9 +70,7 @@ cdef struct Layout:
 
 cdef Layout _layout(size_t rows, size_t columns) noexcept:
     cdef Layout layout
-    cdef size_t stride = 1
-    while stride < columns:  # a row of up to 8 columns never straddles two cache lines
-        stride *= 2
+    cdef size_t stride = stride_of(columns)
     layout.stride = <int> stride
     layout.heads = lines(sizeof(TableHeader))
     layout.accounts = layout.heads + lines(rows * stride * sizeof(uint64_t))
