@@ -30,8 +30,6 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-import os
-
 from kubeai._cache_line cimport prefetch
 from kubeai._shared_memory cimport (
     SharedMemory,
@@ -120,7 +118,6 @@ cdef class PrefixIndex(SharedMemory):
     def attach(int fd, int column=-1):
         """See the stub."""
         cdef PrefixIndex index = PrefixIndex.__new__(PrefixIndex)
-        cdef size_t size = os.fstat(fd).st_size
         cdef Header header
         cdef bytes start = read_header(fd, "prefix index", sizeof(Header), MAGIC, LAYOUT_VERSION)
         header = (<Header *> <const char *> start)[0]
@@ -132,11 +129,11 @@ cdef class PrefixIndex(SharedMemory):
             raise ValueError(f"prefix index has {header.rows} rows, {header.buckets} buckets")
         if not 1 <= header.columns <= COLUMNS_MAX:
             raise ValueError(f"prefix index has {header.columns} columns")
-        if size != _size_of(header.rows, header.columns, header.buckets):
-            raise ValueError(f"prefix index's size of {size} bytes does not match its header")
+        index._attach(
+            fd, "prefix index", _size_of(header.rows, header.columns, header.buckets)
+        )
         if not -1 <= column < <int> header.columns:
             raise ValueError(f"column must be -1 to {header.columns - 1}, not {column}")
-        index._attach(fd, size)
         index._lay_out()
         index._column = column
         return index
