@@ -2,8 +2,8 @@
 
 A prompt is a chain of blocks. The hash of a block covers everything before it, so an endpoint that
 has been sent a block has been sent all blocks before it. The index maps a block's hash to the
-endpoints that it was sent to. It is one memfd of a fixed size, which all workers map, read and write
-without locks.
+endpoints that it was sent to. It is one memfd of a fixed size, which all workers map, read and
+write without locks.
 
 An entry is 8 bytes, written at once: a part of the hash, the endpoint's row in the load table, its
 epoch, and a stamp. Eight entries are a bucket, one cache line. A block's entries are all in one
@@ -12,17 +12,17 @@ stalest in its bucket.
 
 An engine evicts the blocks that it has not used for longest. The stamp is the number of tokens that
 had been sent to the endpoint, in units of 1/``CACHE_UNITS`` of what its cache holds. Once as many
-tokens as that have been sent since an entry was written or used, the block counts as evicted. Stamps
-wrap after 16 times the size of the cache; an entry that is not overwritten until then may be believed
-again. An endpoint that loses its cache, because its engine restarts, gets a new epoch: entries of
-another epoch do not count.
+tokens as that have been sent since an entry was written or used, the block counts as evicted.
+Stamps wrap after 16 times the size of the cache; an entry that is not overwritten until then may be
+believed again. An endpoint that loses its cache, because its engine restarts, gets a new epoch:
+entries of another epoch do not count.
 
-Each worker also has a log of what it has sent, which the supervisor reports to the other replicas of
-KubeAI; they note it in their own indexes.
+Each worker also has a log of what it has sent, which the supervisor reports to the other replicas
+of KubeAI; they note it in their own indexes.
 
 All of this is a belief about the engines. Two workers that write one bucket at the same instant may
-lose an entry, and different blocks may have equal parts of their hashes (one lookup of a block in two
-million is wrong for that). Either makes a pick worse, and none makes an answer wrong.
+lose an entry, and different blocks may have equal parts of their hashes (one lookup of a block in
+two million is wrong for that). Either makes a pick worse, and none makes an answer wrong.
 """
 
 cimport cython
@@ -318,8 +318,8 @@ cdef class PrefixIndex(SharedMemory):
     cdef int lookup(self, const uint64_t *blocks, int n, Found *found) noexcept:
         """The endpoints that are believed to hold a beginning of the prompt, with its depth.
 
-        Fills ``found``, which has FOUND_MAX places; returns how many. The buckets are usually in the
-        cache, because _prompt_scan.pyx loads them when it has hashed the prompt.
+        Fills ``found``, which has FOUND_MAX places; returns how many. The buckets are usually in
+        the cache, because _prompt_scan.pyx loads them when it has hashed the prompt.
         """
         cdef uint64_t *bucket
         cdef uint64_t entry, tag

@@ -5,17 +5,18 @@ must go to the request that is first in all of them, so the queues share three t
 
 - *Heads*: the priority and the start tag of the request that is first in a worker's queue of a
   model, in one cell; 0 if the queue is empty. A row of cells is a model's heads in all workers.
-- *Accounts*: until when, in the model's virtual time, each tenant has been served. The time advances
-  by one for each token of work that one tenant has been served (start-time fair queueing; Goyal, Vin
-  and Cheng 1996). A tenant's next request starts where its last one ended, or now, if that is later.
+- *Accounts*: until when, in the model's virtual time, each tenant has been served. The time
+  advances by one for each token of work that one tenant has been served (start-time fair queueing;
+  Goyal, Vin and Cheng 1996). A tenant's next request starts where its last one ended, or now, if
+  that is later.
 - *Waits*: the requests in the queues and how long requests waited, by class of priority.
 
-Like in the load table, each cell has one writer: the worker of its column, or for the last column the
-supervisor, which records the first of the other replicas' heads and their latest time. The virtual
-time and a tenant's account are the maxima over the columns, so no lock is needed, and two workers
-that serve a tenant at the same instant lose the charge for one request. Accounts are hashed: tenants of which 48
-bits of the hash are equal share an account, and one that takes another's place makes it start now.
-Neither makes an account wrong by more than ``LEAD_MAX`` tokens.
+Like in the load table, each cell has one writer: the worker of its column, or for the last column
+the supervisor, which records the first of the other replicas' heads and their latest time. The
+virtual time and a tenant's account are the maxima over the columns, so no lock is needed, and two
+workers that serve a tenant at the same instant lose the charge for one request. Accounts are
+hashed: tenants of which 48 bits of the hash are equal share an account, and one that takes
+another's place makes it start now. Neither makes an account wrong by more than ``LEAD_MAX`` tokens.
 
 A worker that frees a place wakes the worker whose head is first, through its eventfd. When a worker
 has been killed, the supervisor clears the heads and gauges of its column; times and accounts stay.

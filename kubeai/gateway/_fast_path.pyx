@@ -1,8 +1,8 @@
 # cython: language_level=3, nonecheck=True
 """The fast path of a request in C: read, count, pick an endpoint, send.
 
-:class:`FastPath` is the base class of AdmittedRequest in attempts.py and so of Proxy in proxy.py. It
-handles what nearly every request needs, from its head to the end of its response, and leaves
+:class:`FastPath` is the base class of AdmittedRequest in attempts.py and so of Proxy in proxy.py.
+It handles what nearly every request needs, from its head to the end of its response, and leaves
 everything else to its subclasses: other paths and methods, bodies that are large or that ``scan``
 rejects, adapters, canaries, stored responses, headers that change how a request is handled, models
 without a ready endpoint, and failures. Its decisions are the same as the subclasses'.
@@ -529,7 +529,7 @@ cdef class FastPath(EarlyStream):
         raise NotImplementedError
 
     def payload_with_id(self):
-        """The body, with the ID of the response that the engine stores if the gateway chooses it."""
+        """The body, with the ID of the response that the engine stores if the gateway sets it."""
         raise NotImplementedError
 
     def moved(self, reservation, suppressed):

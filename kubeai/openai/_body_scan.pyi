@@ -67,9 +67,9 @@ class InferenceRequest:
     def output_tokens(self) -> int:
         """How many tokens the response may have, as the body limits it; -1: it does not.
 
-        The members ``max_tokens``, ``max_completion_tokens`` and ``max_output_tokens``, and Ollama's
-        ``options.num_predict``, of several the largest, times ``n``. Values that are no positive
-        whole numbers count as missing.
+        The members ``max_tokens``, ``max_completion_tokens`` and ``max_output_tokens``, and
+        Ollama's ``options.num_predict``, of several the largest, times ``n``. Values that are no
+        positive whole numbers count as missing.
         """
     def key(self, prefix_char_length: int) -> int:
         """The 64-bit key of the request on the ring; the same in every process and release.

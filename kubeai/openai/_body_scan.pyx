@@ -348,7 +348,7 @@ cdef class InferenceRequest:
                     content.after = at
                     if value[0] == c"[":
                         self.has_parts = True
-                elif is_word(&key, b"output", 6) and value[0] != c'"':  # a tool's, may have an image
+                elif is_word(&key, b"output", 6) and value[0] != c'"':  # a tool's, may have images
                     self.has_parts = True
                 elif is_word(&key, b"images", 6):  # Ollama's
                     self.has_parts = True
