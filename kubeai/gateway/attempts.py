@@ -153,7 +153,7 @@ class AdmittedRequest(FastPath):
         reason = _FAILURES[failure]
         if self._reservation is None:
             who = "supervisor" if is_console(self.target) else "gateway's local routes"
-            log.error(f"{who} did not respond", reason=reason)
+            log.error("upstream did not respond", upstream=who, reason=reason)
             self._say(502, f"The {who} did not respond.")
             return
         endpoint = self._reservation.name
