@@ -8,7 +8,7 @@ The worker runs it with :func:`make_runner`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -27,7 +27,7 @@ from kubeai.gateway.denials import model_not_allowed, no_valid_key
 from kubeai.gateway.holding import advice
 from kubeai.gateway.internal_headers import DENIED_HEADER, KEY_HEADER
 from kubeai.gateway.keys import HEALTH_PATHS, check_credential
-from kubeai.logs import get_logger
+from kubeai.http_errors import error_middleware
 from kubeai.openai.errors import BadRequest, error_answer, model_not_found
 from kubeai.openai.request import named, parse_selectors
 from kubeai.openai.routes import PREFIX, Kind, RouteMatch, classify
@@ -35,8 +35,6 @@ from kubeai.routing.routes import Route
 
 if TYPE_CHECKING:
     from kubeai._keys import Key
-
-log = get_logger(__name__)
 
 CONTEXT = web.AppKey("context", Context)
 DEFAULT_FEATURE = "TextGeneration"  # of the list below /openai/v1, as in KubeAI in Go
@@ -62,34 +60,12 @@ def make_runner(context: Context) -> web.AppRunner:
 
 def make_app(context: Context) -> web.Application:
     """The application, without a server."""
-    app = web.Application(middlewares=[_errors])
+    internal = BadRequest("Internal error in the gateway. See its log.", status=500)
+    app = web.Application(middlewares=[error_middleware(_answer, internal)])
     app[CONTEXT] = context
     app.on_response_prepare.append(_unsigned)
     app.router.add_route("*", "/{path:.*}", _dispatch)
     return app
-
-
-@web.middleware
-async def _errors(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Turn exceptions into error responses, in the format for the request's path."""
-    try:
-        return await handler(request)
-    except BadRequest as error:
-        _note_denial(request, error)
-        return _refusal(request, error, advice(error))
-    except web.HTTPException as error:
-        return _refusal(request, BadRequest(error.reason, status=error.status))
-    except (ConnectionError, web.RequestPayloadError):
-        # The client has disconnected. A second response must not follow one that has begun.
-        if request.transport is not None:
-            request.transport.abort()
-        return web.Response()
-    except Exception:
-        log.exception("local route failed", method=request.method, path=request.path)
-        message = "Internal error in the gateway. See its log."
-        return _refusal(request, BadRequest(message, status=500))
 
 
 async def _unsigned(_: web.Request, response: web.StreamResponse) -> None:
@@ -147,6 +123,11 @@ def _client_key(request: web.Request) -> Key | None:
     if key is None:
         raise no_valid_key(Problem.INVALID, 0)
     return key
+
+
+def _answer(request: web.Request, error: BadRequest) -> web.Response:
+    _note_denial(request, error)
+    return _refusal(request, error, advice(error))
 
 
 def _note_denial(request: web.Request, error: BadRequest) -> None:

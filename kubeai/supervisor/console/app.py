@@ -8,12 +8,11 @@ header that no other site can make a browser send, and a body of a type that no 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -21,6 +20,7 @@ from aiohttp import web
 
 import kubeai
 from kubeai.errors import KubeAIError, quoted
+from kubeai.http_errors import error_middleware
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.logs import get_logger
@@ -157,7 +157,10 @@ class Console:
 
     def make_app(self) -> web.Application:
         """The application, without a server."""
-        app = web.Application(middlewares=[_errors], client_max_size=MANIFESTS_MAX_BYTES)
+        internal = BadRequest("Internal error in the supervisor. See its log.", status=500)
+        app = web.Application(
+            middlewares=[error_middleware(_refuse, internal)], client_max_size=MANIFESTS_MAX_BYTES
+        )
         app.on_response_prepare.append(_add_headers)
         add = app.router.add_route
         add("GET", "/ui", _redirect)
@@ -328,27 +331,5 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     response.headers.pop("Server", None)
 
 
-@web.middleware
-async def _errors(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Turn exceptions into the API's errors."""
-    try:
-        return await handler(request)
-    except BadRequest as error:
-        return _refuse(error)
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        return _refuse(BadRequest(error.reason, status=error.status))
-    except ConnectionError:  # the client has left
-        with contextlib.suppress(AttributeError):
-            request.transport.abort()  # type: ignore[union-attr]
-        return web.Response()
-    except Exception:
-        log.exception("console failed", method=request.method, path=request.path)
-        return _refuse(BadRequest("Internal error in the supervisor. See its log.", status=500))
-
-
-def _refuse(error: BadRequest) -> web.Response:
+def _refuse(_: web.Request, error: BadRequest) -> web.Response:
     return web.Response(body=error.body(), status=error.status, content_type="application/json")

@@ -318,7 +318,6 @@ PACKAGES = ("gateway", "openai")
 # Errors whose status is not a constant where they are made, with the pairs that they can have.
 COMPUTED: dict[tuple[str, str], set[Pair]] = {
     ("gateway/attempts.py", "_say"): set(),  # its callers are read instead
-    ("gateway/local_routes.py", "_errors"): set(),  # an HTTPException of aiohttp, see below
     ("gateway/retries.py", "_exhausted"): {
         (500, "bad_gateway"),
         (502, "bad_gateway"),
