@@ -15,6 +15,7 @@ from kubeai.api.config.profiles import size_of
 from kubeai.api.model import POD_MODEL_LABEL, Model
 from kubeai.api.objects import ObjectMeta
 from kubeai.errors import ModelError
+from kubeai.operator.pod_object import seconds
 from kubeai.operator.pods import (
     DRAINING_ANNOTATION,
     HASH_ANNOTATION,
@@ -22,7 +23,6 @@ from kubeai.operator.pods import (
     Pod,
     Trouble,
     owner_of,
-    seconds,
     seconds_of,
 )
 
