@@ -27,13 +27,13 @@ from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CRDS, MODELS, NAMESPACES, NODES, PVCS
 from kubeai.local import from_url, ports
 from kubeai.local.child import Child
+from kubeai.local.engine_env import read_engine_envs
 from kubeai.local.engines import (
     ENGINES,
     MOCK_IMAGE,
     EngineEnvs,
     Found,
     ModelPath,
-    read_engine_envs,
     survey,
 )
 from kubeai.local.jobs.controller import JobController
