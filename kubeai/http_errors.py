@@ -11,13 +11,13 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from kubeai.logs import get_logger
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 
 log = get_logger(__name__)
 
 
 def error_middleware(
-    answer: Callable[[web.Request, BadRequest], web.StreamResponse], internal: BadRequest
+    answer: Callable[[web.Request, ErrorResponse], web.StreamResponse], internal: ErrorResponse
 ) -> Middleware:
     """``answer``: makes the response. ``internal``: the error for an unexpected exception."""
 
@@ -27,12 +27,12 @@ def error_middleware(
     ) -> web.StreamResponse:
         try:
             return await handler(request)
-        except BadRequest as error:
+        except ErrorResponse as error:
             return answer(request, error)
         except web.HTTPException as error:
             if error.status < 400:
                 raise
-            return answer(request, BadRequest(error.reason, status=error.status))
+            return answer(request, ErrorResponse(error.reason, status=error.status))
         except (ConnectionError, web.RequestPayloadError):
             # The client has disconnected. A second response must not follow one that has begun.
             if request.transport is not None:

@@ -58,7 +58,7 @@ from kubeai.openai._usage_option cimport asks_to_stream, with_usage
 
 from kubeai.gateway._key_limits import refusal
 from kubeai.gateway.usage_refusals import UsageRefusals
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.routes import Kind
 
 cdef object RESPONSES = Kind.RESPONSES
@@ -233,13 +233,13 @@ cdef class FastPath(EarlyStream):
     cdef bint _is_within_limits(self) except -1:
         try:
             self._charge_once()
-        except BadRequest as error:
+        except ErrorResponse as error:
             self._refuse(error)
             return False
         return True
 
     def _charge_key(self):
-        """Count the request for its key, once. BadRequest if it exceeds a limit."""
+        """Count the request for its key, once. ErrorResponse if it exceeds a limit."""
         self._charge_once()
 
     cdef int _charge_once(self) except -1:

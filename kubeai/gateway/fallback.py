@@ -39,7 +39,7 @@ from kubeai.gateway.relay._exchange import LOST, STATUS
 from kubeai.gateway.retries import check_loss
 from kubeai.logs import get_logger
 from kubeai.openai import request as openai
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.routes import Kind, classify
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class FallbackRequest(AdmittedRequest):
     async def _leave_failing(self, failed: Reservation, alone: bool) -> Reservation:
         if self._lost:
             await check_loss(self._attempts, self._routed, failed, alone)
-        error = BadRequest(
+        error = ErrorResponse(
             f"The model {self._request.model!r} fails, and no fallback can serve the request.",
             status=502,
             code="bad_gateway",
@@ -190,7 +190,7 @@ class FallbackRequest(AdmittedRequest):
     async def _back_off(self) -> Reservation | None:
         try:
             return await super()._back_off()
-        except BadRequest as error:
+        except ErrorResponse as error:
             return await self._fall_back("failing", error)
 
     # -- waits -------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class FallbackRequest(AdmittedRequest):
             if self._is_saturated():
                 return await self._take_first("saturated") or await self._stay_saturated()
             return await self._take_first("not_ready") or await self._wait_for_any()
-        except BadRequest as error:
+        except ErrorResponse as error:
             reason = _REASONS.get(error.code)
             if reason is None:
                 raise
@@ -331,7 +331,7 @@ class FallbackRequest(AdmittedRequest):
             return True
         return block.fails_at_s > asyncio.get_running_loop().time()
 
-    async def _fall_back(self, reason: FallbackReason, error: BadRequest) -> Reservation:
+    async def _fall_back(self, reason: FallbackReason, error: ErrorResponse) -> Reservation:
         """Leave the current Model, which cannot serve the request. ``error``: if none else can."""
         if reservation := await self._take_first(reason):
             return reservation

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from kubeai._rate_limit import RateLimit
 from kubeai.gateway.relay._relay import RETRY_AFTER_S
 from kubeai.logs import get_logger
-from kubeai.openai.errors import BadRequest, model_not_found
+from kubeai.openai.errors import ErrorResponse, model_not_found
 from kubeai.routing.queueing import Blocked, Displaced, ModelGone, NoEndpoint, Waiting
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ RETRY_AFTER_MAX_S = 600
 _refusals = RateLimit(burst_max=50, per_s=1)
 
 
-def advice(error: BadRequest) -> dict[str, str]:
+def advice(error: ErrorResponse) -> dict[str, str]:
     """Headers of an error response that say whether the client should retry, and when."""
     retry_after_s = error.retry_after_s
     if retry_after_s is None and error.is_retryable and error.status in (429, 503):
@@ -69,7 +69,9 @@ async def hold(
     during: contextlib.AbstractContextManager[None] | None = None,
     request_id: str = "",
 ) -> Reservation:
-    """Wait until an endpoint can serve the request and it is its turn; BadRequest if not in time.
+    """Wait until an endpoint can serve the request and it is its turn.
+
+    ErrorResponse if that takes too long.
 
     The request is counted as held while it waits, and a replica of the model is demanded if it has
     none. A model that is known to be unable to start is neither waited for nor scaled up. If too
@@ -116,8 +118,8 @@ async def hold(
         context.unhold(request.name)
 
 
-def _too_many(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
-    return BadRequest(
+def _too_many(routed: RoutedModel, request: InferenceRequest) -> ErrorResponse:
+    return ErrorResponse(
         f"Too many requests are waiting for the model {request.model!r}.",
         status=503,
         code="overloaded",
@@ -161,7 +163,7 @@ class _Watcher:
         return False
 
 
-def _timed_out(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
+def _timed_out(routed: RoutedModel, request: InferenceRequest) -> ErrorResponse:
     if routed.can_serve(request.adapter):
         return _saturated(routed, request)
     message = f"No replica of the model {request.model!r} became ready in time."
@@ -170,17 +172,17 @@ def _timed_out(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
         message += f" {block.reason}: {block.message}"
     log.warning("no endpoint became ready", model=request.model, reason=block and block.reason)
     retry_after_s = _retry_after_s(routed)
-    return BadRequest(message, status=504, code="timeout", retry_after_s=retry_after_s)
+    return ErrorResponse(message, status=504, code="timeout", retry_after_s=retry_after_s)
 
 
-def _saturated(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
+def _saturated(routed: RoutedModel, request: InferenceRequest) -> ErrorResponse:
     suppressed = _refusals.take(time.monotonic())
     if suppressed is not None:
         waiting = len(routed.queue)
         log.warning(
             "no endpoint had room", model=request.model, waiting=waiting, suppressed=suppressed
         )
-    return BadRequest(
+    return ErrorResponse(
         f"All replicas of the model {request.model!r} were busy until the end of the wait.",
         status=504,
         code="timeout",
@@ -188,11 +190,11 @@ def _saturated(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
     )
 
 
-def _displaced(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
+def _displaced(routed: RoutedModel, request: InferenceRequest) -> ErrorResponse:
     suppressed = _refusals.take(time.monotonic())
     if suppressed is not None:
         log.warning("request displaced", model=request.model, suppressed=suppressed)
-    return BadRequest(
+    return ErrorResponse(
         f"Too many requests are waiting for the model {request.model!r}. One of a higher priority, "
         "or of a tenant with fewer waiting requests, has taken the place of this one.",
         status=429,
@@ -201,7 +203,7 @@ def _displaced(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
     )
 
 
-def _blocked(routed: RoutedModel, request: InferenceRequest, block: Block) -> BadRequest:
+def _blocked(routed: RoutedModel, request: InferenceRequest, block: Block) -> ErrorResponse:
     suppressed = _refusals.take(time.monotonic())
     if suppressed is not None:
         log.warning(
@@ -210,7 +212,7 @@ def _blocked(routed: RoutedModel, request: InferenceRequest, block: Block) -> Ba
             reason=block.reason,
             suppressed=suppressed,
         )
-    return BadRequest(
+    return ErrorResponse(
         f"The model {request.model!r} cannot be served. {block.reason}: {block.message}",
         status=503,
         code=UNAVAILABLE if block.retry else CANNOT_START,

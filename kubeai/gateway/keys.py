@@ -29,7 +29,7 @@ from kubeai.gateway.denials import (
     too_many_failures,
 )
 from kubeai.gateway.event_counts import EventCounter
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.routing.keys import KeyDelta, KeyRecord, KeySnapshot
 
 HEALTH_PATHS = frozenset(("/healthz", "/readyz"))  # for GET and HEAD, without a key
@@ -82,7 +82,7 @@ class Keys:
             self.by_name[name] = self.by_digest[key.digest] = key
         return is_revoked
 
-    def rejection(self, problem: int, sources: int, address: str) -> BadRequest:
+    def rejection(self, problem: int, sources: int, address: str) -> ErrorResponse:
         """The error for a request without a valid key; counts it if the key was wrong.
 
         ``problem``, ``sources``: of ``_credentials``.
@@ -110,7 +110,8 @@ def check_credential(
 ) -> Key:
     """The administrator's key with a text that a client has sent elsewhere than in a header.
 
-    BadRequest if it is not one, which is logged, and a wrong key counted for the client's address.
+    ErrorResponse if it is not one, which is logged, and a wrong key counted for the client's
+    address.
     """
     keys = context.key_table
     assert keys is not None, "keys are required"

@@ -28,7 +28,7 @@ from kubeai.gateway.holding import advice
 from kubeai.gateway.internal_headers import DENIED_HEADER, KEY_HEADER
 from kubeai.gateway.keys import HEALTH_PATHS, check_credential
 from kubeai.http_errors import error_middleware
-from kubeai.openai.errors import BadRequest, error_answer, model_not_found
+from kubeai.openai.errors import ErrorResponse, error_answer, model_not_found
 from kubeai.openai.request import named, parse_selectors
 from kubeai.openai.routes import PREFIX, Kind, RouteMatch, classify
 from kubeai.routing.routes import Route
@@ -60,7 +60,7 @@ def make_runner(context: Context) -> web.AppRunner:
 
 def make_app(context: Context) -> web.Application:
     """The application, without a server."""
-    internal = BadRequest("Internal error in the gateway. See its log.", status=500)
+    internal = ErrorResponse("Internal error in the gateway. See its log.", status=500)
     app = web.Application(middlewares=[error_middleware(_answer, internal)])
     app[CONTEXT] = context
     app.on_response_prepare.append(_unsigned)
@@ -111,11 +111,11 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
         f"Invalid URL ({request.method} {path}). Use the base URL {base}/v1 or {base}{PREFIX}/v1; "
         f"clients of Anthropic and Ollama need {base}"
     )
-    return _refusal(request, BadRequest(message, status=404, code="unknown_url"))
+    return _refusal(request, ErrorResponse(message, status=404, code="unknown_url"))
 
 
 def _client_key(request: web.Request) -> Key | None:
-    """The client's key; None if keys are not required. BadRequest if it has just been revoked."""
+    """The client's key; None if keys are not required. ErrorResponse 401 if it has been revoked."""
     keys = request.app[CONTEXT].key_table
     if keys is None:
         return None
@@ -125,12 +125,12 @@ def _client_key(request: web.Request) -> Key | None:
     return key
 
 
-def _answer(request: web.Request, error: BadRequest) -> web.Response:
+def _answer(request: web.Request, error: ErrorResponse) -> web.Response:
     _note_denial(request, error)
     return _refusal(request, error, advice(error))
 
 
-def _note_denial(request: web.Request, error: BadRequest) -> None:
+def _note_denial(request: web.Request, error: ErrorResponse) -> None:
     keys = request.app[CONTEXT].key_table
     if keys is not None:
         keys.audit.note(
@@ -145,7 +145,7 @@ def _note_denial(request: web.Request, error: BadRequest) -> None:
 
 
 def _refusal(
-    request: web.Request, error: BadRequest, headers: dict[str, str] | None = None
+    request: web.Request, error: ErrorResponse, headers: dict[str, str] | None = None
 ) -> web.Response:
     # The relay assigns an ID to every request.
     request_id = request.headers.get("X-Request-Id")
@@ -160,7 +160,7 @@ def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None)
 def _not_allowed(request: web.Request, methods: tuple[str, ...]) -> web.Response:
     allow = ", ".join(methods)
     message = f"The method {request.method} is not allowed. Use {allow}."
-    error = BadRequest(message, status=405, code="method_not_allowed")
+    error = ErrorResponse(message, status=405, code="method_not_allowed")
     return _refusal(request, error, {"Allow": allow})
 
 
@@ -232,7 +232,7 @@ def _selection(request: web.Request) -> Callable[[Route], bool]:
     return lambda route: all(selector(route.labels) for selector in selectors)
 
 
-def _missing(request: web.Request) -> Callable[[str], BadRequest]:
+def _missing(request: web.Request) -> Callable[[str], ErrorResponse]:
     """The error for a model that does not exist, or that the client may not use."""
     key = _client_key(request)
     return model_not_allowed if key is not None and key.restricted else model_not_found

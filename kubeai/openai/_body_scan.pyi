@@ -84,10 +84,10 @@ class InferenceRequest:
         """The body with the value of ``model`` replaced (JSON); all other bytes are unchanged."""
 
 def read(shape: Shape, body: bytes) -> InferenceRequest:
-    """Parse a body of this shape. Raises BadRequest if it is invalid or ambiguous.
+    """Parse a body of this shape. Raises ErrorResponse if it is invalid or ambiguous.
 
     Releases the GIL if the body is large.
     """
 
 def named(kind: Kind, model: str) -> InferenceRequest:
-    """A request whose model is not in a JSON body (but in a form field); BadRequest if empty."""
+    """A request whose model is not in a JSON body (but in a form field); ErrorResponse if empty."""

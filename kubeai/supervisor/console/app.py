@@ -24,7 +24,7 @@ from kubeai.http_errors import error_middleware
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.logs import get_logger
-from kubeai.openai.errors import BadRequest, model_not_found
+from kubeai.openai.errors import ErrorResponse, model_not_found
 from kubeai.operator.view import ModelView
 from kubeai.podspec import SERVER_CONTAINER
 from kubeai.supervisor.console.actions import Actions, refusal
@@ -157,7 +157,7 @@ class Console:
 
     def make_app(self) -> web.Application:
         """The application, without a server."""
-        internal = BadRequest("Internal error in the supervisor. See its log.", status=500)
+        internal = ErrorResponse("Internal error in the supervisor. See its log.", status=500)
         app = web.Application(
             middlewares=[error_middleware(_refuse, internal)], client_max_size=MANIFESTS_MAX_BYTES
         )
@@ -220,12 +220,12 @@ class Console:
         newest = max(view.pods, key=lambda pod: pod.created_s, default=None)
         name = request.query.get("pod") or (newest.name if newest is not None else "")
         if not name:
-            raise BadRequest(f"The Model {quoted(view.name)} has no replica.", status=409)
+            raise ErrorResponse(f"The Model {quoted(view.name)} has no replica.", status=409)
         if name not in pods:
             message = f"The Model {quoted(view.name)} has no replica {quoted(name)}."
-            raise BadRequest(message, status=409)
+            raise ErrorResponse(message, status=409)
         if len(self._logs) >= LOGS_MAX:
-            raise BadRequest(f"More than {LOGS_MAX} logs are followed.", status=503)
+            raise ErrorResponse(f"More than {LOGS_MAX} logs are followed.", status=503)
         task = asyncio.current_task()
         assert task is not None
         self._logs.add(task)
@@ -247,7 +247,7 @@ class Console:
             if response.prepared:  # the API has ended it: so do we
                 return response
             if error.status in (400, 404):  # the container has not started, or the pod is gone
-                raise BadRequest(str(error), status=409) from error
+                raise ErrorResponse(str(error), status=409) from error
             raise refusal(error) from error
         return response
 
@@ -259,9 +259,9 @@ class Console:
         try:
             wanted = msgspec.json.decode(await request.read(), type=_Scale)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise BadRequest(f"Invalid body: {error}.", status=422) from None
+            raise ErrorResponse(f"Invalid body: {error}.", status=422) from None
         if wanted.replicas < 0:
-            raise BadRequest("replicas: must not be negative", status=422)
+            raise ErrorResponse("replicas: must not be negative", status=422)
         await self._actions.scale(view, wanted.replicas)
         log.info("model scaled in the console", model=view.name, replicas=wanted.replicas)
         return _json({"replicas": wanted.replicas})
@@ -271,7 +271,7 @@ class Console:
         try:
             text = (await request.read()).decode()
         except UnicodeDecodeError:
-            raise BadRequest("The manifests are not UTF-8.", status=422) from None
+            raise ErrorResponse("The manifests are not UTF-8.", status=422) from None
         applied = await self._actions.apply(text)
         log.info("models applied in the console", models=applied)
         return _json({"applied": applied})
@@ -285,14 +285,14 @@ class Console:
 
 
 def _check_change(request: web.Request, content_type: str = "") -> None:
-    """BadRequest unless a page of ours has sent it. ``content_type``: of the body, if any."""
+    """ErrorResponse unless a page of ours has sent it. ``content_type``: of the body, if any."""
     if request.headers.get(CHANGE_HEADER) != "1":
         message = f"Changes need the header {CHANGE_HEADER}: 1."
-        raise BadRequest(message, status=403, code="missing_header")
+        raise ErrorResponse(message, status=403, code="missing_header")
     if content_type and request.content_type != content_type:
-        raise BadRequest(f"The Content-Type must be {content_type}.", status=415)
+        raise ErrorResponse(f"The Content-Type must be {content_type}.", status=415)
     if request.headers.get("Content-Encoding", "identity") not in ("", "identity"):
-        raise BadRequest(
+        raise ErrorResponse(
             "Compressed bodies are not supported here. Send the body uncompressed.",
             param="Content-Encoding",
             status=415,
@@ -303,7 +303,7 @@ def _lines(text: str) -> int:
     if not text:
         return LOG_LINES_DEFAULT
     if not text.isdecimal():
-        raise BadRequest(f"tail: {quoted(text)} is not a number of lines", status=422)
+        raise ErrorResponse(f"tail: {quoted(text)} is not a number of lines", status=422)
     return min(int(text[:9]), LOG_LINES_MAX)
 
 
@@ -331,5 +331,5 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     response.headers.pop("Server", None)
 
 
-def _refuse(_: web.Request, error: BadRequest) -> web.Response:
+def _refuse(_: web.Request, error: ErrorResponse) -> web.Response:
     return web.Response(body=error.body(), status=error.status, content_type="application/json")
