@@ -18,7 +18,6 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-import os
 from collections import namedtuple
 
 from kubeai._load cimport get_u64, put_u64
@@ -119,17 +118,14 @@ cdef class Journal(SharedMemory):
     def attach(int fd, int column):
         """See the stub."""
         cdef Journal journal = Journal.__new__(Journal)
-        cdef size_t size = os.fstat(fd).st_size
         cdef Header header
         cdef bytes start = read_header(fd, "journal", sizeof(Header), MAGIC, LAYOUT_VERSION)
         header = (<Header *> <const char *> start)[0]
         if not (1 <= header.columns <= COLUMNS_MAX and 1 <= header.entries <= ENTRIES_MAX):
             raise ValueError(f"journal has {header.columns} columns × {header.entries} entries")
-        if size != _size_of(header.columns, header.entries):
-            raise ValueError(f"journal's size of {size} bytes does not match its header")
+        journal._attach(fd, "journal", _size_of(header.columns, header.entries))
         if not 0 <= column < <int> header.columns:
             raise ValueError(f"column must be 0 to {header.columns - 1}, not {column}")
-        journal._attach(fd, size)
         journal._lay_out()
         journal._column = column
         return journal

@@ -27,7 +27,13 @@ cimport cython
 from libc.string cimport memset
 
 from kubeai._shared_memory cimport SharedMemory, lines
-from kubeai._shared_table cimport SharedTable, TableHeader, check_shape, read_table_header
+from kubeai._shared_table cimport (
+    SharedTable,
+    TableHeader,
+    check_shape,
+    read_table_header,
+    stride_of,
+)
 
 cdef enum:
     LAYOUT_VERSION = 8
@@ -64,10 +70,7 @@ cdef struct Layout:
 
 cdef Layout _layout(size_t rows, size_t columns) noexcept:
     cdef Layout layout
-    cdef size_t stride = 1
-    # A power of two: a row of up to 8 columns never straddles two cache lines.
-    while stride < columns:
-        stride *= 2
+    cdef size_t stride = stride_of(columns)
     layout.stride = <int> stride
     layout.column_headers = lines(sizeof(Header))
     layout.generations = layout.column_headers + lines(columns * sizeof(Column))

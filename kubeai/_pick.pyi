@@ -42,7 +42,8 @@ class Picker:
     ) -> Reservation | None:
         """Like ``pick`` for a request that has not waited; None also if others wait.
 
-        If requests wait at a peer, room for one of them is left free. With a capacity, the request's work is charged to the tenant's account.
+        If requests wait at a peer, room for one of them is left free. With a capacity, the
+        request's work is charged to the tenant's account.
         """
     def settle(self, tenant: str, output_tokens: int) -> int:
         """Charge a tenant for the output of a request, beyond what every request is charged.

@@ -1,7 +1,7 @@
 """The pick of an endpoint for a request, by the strategy of its Model.
 
-``LeastLoad`` and ``PrefixHash`` are in ``_ring``. ``PrefixCache`` picks the endpoint where a request
-costs all requests the least time. In tokens of prefill, that cost is
+``LeastLoad`` and ``PrefixHash`` are in ``_ring``. ``PrefixCache`` picks the endpoint where a
+request costs all requests the least time. In tokens of prefill, that cost is
 
     pending + new + in flight × (min(new, DELAY_TOKENS) + STEP_TOKENS) / 8
 
@@ -9,15 +9,15 @@ costs all requests the least time. In tokens of prefill, that cost is
 ``new``: tokens of this prompt that the prefix index does not know there. The first two are what the
 request waits for. Those in flight wait for its prefill, but not longer than they run, and with each
 of them a step takes longer. The cost is multiplied by the endpoint's slowness, its time per token
-relative to that of the model's endpoints together. It is learned from the times to the first byte of
-streamed responses, and bounded by ``SLOWNESS_MAX``, because an engine may lie.
+relative to that of the model's endpoints together. It is learned from the times to the first byte
+of streamed responses, and bounded by ``SLOWNESS_MAX``, because an engine may lie.
 
 A prompt of which the index knows nothing may have been sent by a peer that has not reported
 it yet. Its beginning is therefore assumed at the ring's endpoint for it, so that peers agree.
 
 A response that is not streamed has its first byte when it is complete. The end of its prefill is
-estimated with the learned time per token, and applied at the next pick or ``expire``; that of a short
-prompt is not, because its tokens hardly count beside its request.
+estimated with the learned time per token, and applied at the next pick or ``expire``; that of a
+short prompt is not, because its tokens hardly count beside its request.
 """
 
 cimport cython
@@ -53,8 +53,9 @@ cdef enum:
     # A decode step takes about as long as this many tokens of a prompt: 110 to 250 for the engines
     # in simulation/presets.py.
     STEP_TOKENS = 200
-    # With more, the long prompts of a trace wait in queues elsewhere to spare the requests in flight,
-    # which makes its 99th percentile half as long again. With less, it has fewer hits in overload.
+    # With more, the long prompts of a trace wait in queues elsewhere to spare the requests in
+    # flight, which makes its 99th percentile half as long again. With less, it has fewer hits in
+    # overload.
     DELAY_TOKENS = 16384
     # An endpoint's slowness has half its weight when this many samples per endpoint came after its
     # last one: an endpoint that seemed slow is tried again.

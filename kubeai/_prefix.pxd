@@ -60,7 +60,7 @@ cdef class PrefixIndex(SharedMemory):
     cdef Header *header
     cdef Row *row_states
     cdef Log *logs
-    cdef uint64_t taken[COLUMNS_MAX]  # entries of each log that ``take_log`` has returned or skipped
+    cdef uint64_t taken[COLUMNS_MAX]  # entries of each log: ``take_log`` returned or skipped them
     cdef uint64_t *cells  # [buckets][BUCKET_ENTRIES]
     cdef void _lay_out(self) noexcept
     cdef int _check_row(self, Py_ssize_t row) except -1

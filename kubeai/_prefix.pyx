@@ -2,8 +2,8 @@
 
 A prompt is a chain of blocks. The hash of a block covers everything before it, so an endpoint that
 has been sent a block has been sent all blocks before it. The index maps a block's hash to the
-endpoints that it was sent to. It is one memfd of a fixed size, which all workers map, read and write
-without locks.
+endpoints that it was sent to. It is one memfd of a fixed size, which all workers map, read and
+write without locks.
 
 An entry is 8 bytes, written at once: a part of the hash, the endpoint's row in the load table, its
 epoch, and a stamp. Eight entries are a bucket, one cache line. A block's entries are all in one
@@ -30,8 +30,6 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.string cimport memcpy
-
-import os
 
 from kubeai._cache_line cimport prefetch
 from kubeai._shared_memory cimport (
@@ -121,7 +119,6 @@ cdef class PrefixIndex(SharedMemory):
     def attach(int fd, int column=-1):
         """See the stub."""
         cdef PrefixIndex index = PrefixIndex.__new__(PrefixIndex)
-        cdef size_t size = os.fstat(fd).st_size
         cdef Header header
         cdef bytes start = read_header(fd, "prefix index", sizeof(Header), MAGIC, LAYOUT_VERSION)
         header = (<Header *> <const char *> start)[0]
@@ -133,11 +130,11 @@ cdef class PrefixIndex(SharedMemory):
             raise ValueError(f"prefix index has {header.rows} rows, {header.buckets} buckets")
         if not 1 <= header.columns <= COLUMNS_MAX:
             raise ValueError(f"prefix index has {header.columns} columns")
-        if size != _size_of(header.rows, header.columns, header.buckets):
-            raise ValueError(f"prefix index's size of {size} bytes does not match its header")
+        index._attach(
+            fd, "prefix index", _size_of(header.rows, header.columns, header.buckets)
+        )
         if not -1 <= column < <int> header.columns:
             raise ValueError(f"column must be -1 to {header.columns - 1}, not {column}")
-        index._attach(fd, size)
         index._lay_out()
         index._column = column
         return index
@@ -326,8 +323,8 @@ cdef class PrefixIndex(SharedMemory):
     cdef int lookup(self, const uint64_t *blocks, int n, Found *found) noexcept:
         """The endpoints that are believed to hold a beginning of the prompt, with its depth.
 
-        Fills ``found``, which has FOUND_MAX places; returns how many. The buckets are usually in the
-        cache, because _prompt_scan.pyx loads them when it has hashed the prompt.
+        Fills ``found``, which has FOUND_MAX places; returns how many. The buckets are usually in
+        the cache, because _prompt_scan.pyx loads them when it has hashed the prompt.
         """
         cdef uint64_t *bucket
         cdef uint64_t entry, tag

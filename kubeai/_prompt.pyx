@@ -1,9 +1,9 @@
 """What a pick needs to know of a prompt: its length, and hashes of its beginnings.
 
-A prompt is cut into blocks of ``BLOCK_BYTES``. The hash of a block covers everything before it. Of a
-long prompt only some blocks are sampled: all in its first 4 KiB, then 12 in each further fourfold of
-its length, so that what is found of a prefix is at most a quarter too short, and no prompt has more
-than ``BLOCKS_MAX``. Where the samples lie depends on nothing but their offset.
+A prompt is cut into blocks of ``BLOCK_BYTES``. The hash of a block covers everything before it. Of
+a long prompt only some blocks are sampled: all in its first 4 KiB, then 12 in each further fourfold
+of its length, so that what is found of a prefix is at most a quarter too short, and no prompt has
+more than ``BLOCKS_MAX``. Where the samples lie depends on nothing but their offset.
 """
 
 cimport cython

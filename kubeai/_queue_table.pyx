@@ -5,9 +5,10 @@ go to the request that is first in all of them, so the queues share three things
 
 - *Heads*: the priority and the start tag of the request that is first in a worker's queue of a
   model, in one cell; 0 if the queue is empty. A row of cells is a model's heads in all workers.
-- *Accounts*: until when, in the model's virtual time, each tenant has been served. The time advances
-  by one for each token of work that one tenant has been served (start-time fair queueing; Goyal, Vin
-  and Cheng 1996). A tenant's next request starts where its last one ended, or now, if that is later.
+- *Accounts*: until when, in the model's virtual time, each tenant has been served. The time
+  advances by one for each token of work that one tenant has been served (start-time fair queueing;
+  Goyal, Vin and Cheng 1996). A tenant's next request starts where its last one ended, or now, if
+  that is later.
 - *Waits*: the requests in the queues and how long requests waited, by class of priority.
 
 Like in the load table, each cell has one writer: the worker of its column, or for the last column
@@ -42,6 +43,7 @@ from kubeai._shared_table cimport (
     TableHeader,
     check_shape,
     read_table_header,
+    stride_of,
 )
 
 cdef enum:
@@ -71,9 +73,7 @@ cdef struct Layout:
 
 cdef Layout _layout(size_t rows, size_t columns) noexcept:
     cdef Layout layout
-    cdef size_t stride = 1
-    while stride < columns:  # a row of up to 8 columns never straddles two cache lines
-        stride *= 2
+    cdef size_t stride = stride_of(columns)
     layout.stride = <int> stride
     layout.heads = lines(sizeof(TableHeader))
     layout.accounts = layout.heads + lines(rows * stride * sizeof(uint64_t))

@@ -566,7 +566,10 @@ cdef class Ring:
         return reservation
 
     cdef bint _try(self, int32_t row, double now_s) noexcept:
-        """Whether this pick probes an ejected endpoint; other picks avoid it for ``HALF_OPEN_PROBE_S``."""
+        """Whether this pick probes an ejected endpoint.
+
+        If so, other picks avoid it for ``HALF_OPEN_PROBE_S``.
+        """
         cdef double until_s = get_time(&self.table.health[row].ejected_until_s)
         if until_s == 0:
             return False

@@ -23,7 +23,7 @@ cdef class SharedMemory:
     cdef size_t _size
     cdef bint _owns_fd
     cdef int _create(self, str name, size_t size) except -1
-    cdef int _attach(self, int fd, size_t size) except -1
+    cdef int _attach(self, int fd, str what, size_t size) except -1
     cdef int _map(self, size_t size) except -1
     cdef void _unmap(self) noexcept
 

@@ -56,8 +56,14 @@ cdef class SharedMemory:
         )
         return self._map(size)
 
-    cdef int _attach(self, int fd, size_t size) except -1:
-        """Map existing memory. The caller keeps ownership of the descriptor."""
+    cdef int _attach(self, int fd, str what, size_t size) except -1:
+        """Map existing memory; ValueError if it does not have the ``size`` that its header implies.
+
+        The caller keeps ownership of the descriptor: ``close`` only unmaps.
+        """
+        cdef size_t found = os.fstat(fd).st_size
+        if found != size:
+            raise ValueError(f"{what}'s size of {found} bytes does not match its header")
         self.fd = fd
         return self._map(size)
 

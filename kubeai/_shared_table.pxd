@@ -38,3 +38,11 @@ cdef int check_shape(int rows, int workers) except -1
 
 
 cdef TableHeader read_table_header(int fd, str what, uint64_t magic, uint64_t version) except *
+
+
+cdef inline size_t stride_of(size_t columns) noexcept:
+    """The cells of a row of columns: a power of two, so up to 8 never straddle two cache lines."""
+    cdef size_t stride = 1
+    while stride < columns:
+        stride *= 2
+    return stride

@@ -7,8 +7,6 @@ how cells are laid out, is up to them. There is one column for each worker, and 
 the supervisor records.
 """
 
-import os
-
 from kubeai._shared_memory cimport SharedMemory, read_header
 
 cdef enum:
@@ -56,17 +54,11 @@ cdef class SharedTable(SharedMemory):
     cdef int _attach_table(
         self, int fd, int column, const TableHeader *header, size_t size
     ) except -1:
-        """Map an existing table whose header says that it has ``size`` bytes.
-
-        The caller keeps ownership of the descriptor: ``close`` only unmaps.
-        """
-        cdef size_t found = os.fstat(fd).st_size
+        """Map an existing table, whose header implies a ``size``."""
         cdef int last = <int> header.columns - 1 - self.shared_columns
-        if found != size:
-            raise ValueError(f"{self.what}'s size of {found} bytes does not match its header")
+        self._attach(fd, self.what, size)
         if not 0 <= column <= last:
             raise ValueError(f"column must be 0 to {last}, not {column}")
-        self._attach(fd, size)
         self.rows = <int> header.rows
         self.columns = <int> header.columns
         self._column = column

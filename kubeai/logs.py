@@ -52,7 +52,7 @@ FORMATS = ("auto", "console", "json")
 _STYLES = {"warning": "33", "error": "31", "critical": "31", "debug": "2"}  # ECMA-48's SGR codes
 _BOLD, _FAINT = "1", "2"
 # Events of which each field gets a line of its own, because people copy from them.
-_BLOCKS = {"serving", "machine", "first request"}
+_BLOCKS = {"serving", "engines found", "first request"}
 _KNOWN = {"timestamp", "level", "event", "message", "exception"}
 
 

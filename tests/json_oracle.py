@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Raw
 
 from kubeai.errors import quoted
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.request import split_model
 from kubeai.openai.routes import Kind
 
@@ -73,7 +73,7 @@ def _hash_fields(kind: Kind) -> set[str]:
 
 
 def parse(kind: Kind, body: bytes) -> Parsed:
-    """Parse a request's JSON body. BadRequest if it is invalid or ambiguous; see request.py."""
+    """Parse a request's JSON body. ErrorResponse if it is invalid or ambiguous; see request.py."""
     model: Raw | None = None
     stream = kind in _STREAMS
     hashed: dict[str, Raw] = {}
@@ -86,7 +86,7 @@ def parse(kind: Kind, body: bytes) -> Parsed:
             stream = bytes(value) == b"true" or (kind in _STREAMS and bytes(value) != b"false")
         elif len(text) == 5 and text.lower() == "model":
             if model is not None or text != "model":
-                raise BadRequest(
+                raise ErrorResponse(
                     "The body has several keys that may be read as 'model'."
                     if model is not None
                     else f"Unknown parameter {quoted(text)}: did you mean 'model'?",
@@ -94,7 +94,7 @@ def parse(kind: Kind, body: bytes) -> Parsed:
                 )
             model = value
     if model is None:
-        raise BadRequest("You must provide a model parameter.", param="model")
+        raise ErrorResponse("You must provide a model parameter.", param="model")
     model_text = _model_value(model)
     if kind.is_ollama and model_text != ":latest":
         model_text = model_text.removesuffix(":latest")
@@ -116,7 +116,7 @@ def replace_model(body: bytes, new: str) -> bytes:
         if key.text == "model":
             view = memoryview(body)  # copies a long body once, not three times
             return b"".join((view[:start], _encode(new), view[position:]))
-    raise BadRequest("You must provide a model parameter.", param="model")
+    raise ErrorResponse("You must provide a model parameter.", param="model")
 
 
 # What precedes a top-level value: an opening brace or a comma, the key, a colon.
@@ -158,15 +158,15 @@ def _top_level(body: bytes) -> dict[_Key, Raw]:
             body.decode()  # msgspec does not validate strings that it skips
         members = _top_level_decoder.decode(body)
     except UnicodeDecodeError as error:
-        raise BadRequest(f"The body is not valid UTF-8 (byte {error.start}).") from None
+        raise ErrorResponse(f"The body is not valid UTF-8 (byte {error.start}).") from None
     except msgspec.ValidationError as error:
-        raise BadRequest(f"The body is not an acceptable JSON object: {error}.") from None
+        raise ErrorResponse(f"The body is not an acceptable JSON object: {error}.") from None
     except msgspec.DecodeError as error:
-        raise BadRequest(f"The body is not valid JSON: {error}.") from None
+        raise ErrorResponse(f"The body is not valid JSON: {error}.") from None
     except RecursionError:  # until Python 3.13; later the limit is the stack's size
-        raise BadRequest("The body is nested too deeply.") from None
+        raise ErrorResponse("The body is nested too deeply.") from None
     if _nesting(body) > NESTING_MAX_COUNT:
-        raise BadRequest("The body is nested too deeply.")
+        raise ErrorResponse("The body is nested too deeply.")
     return members
 
 
@@ -185,11 +185,11 @@ def _model_value(raw: Raw) -> str:
     try:
         model = _string_decoder.decode(raw)
     except msgspec.ValidationError:
-        raise BadRequest("'model' must be a string.", param="model") from None
+        raise ErrorResponse("'model' must be a string.", param="model") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise BadRequest("'model' is not valid text.", param="model") from None
+        raise ErrorResponse("'model' is not valid text.", param="model") from None
     if not model:
-        raise BadRequest("You must provide a model parameter.", param="model")
+        raise ErrorResponse("You must provide a model parameter.", param="model")
     return model
 
 

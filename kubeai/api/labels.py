@@ -1,6 +1,7 @@
 """Kubernetes label selectors: parsed into predicates over labels. Pure.
 
-Used by the gateway for X-Label-Selector headers and by the embedded API for ``?labelSelector=``.
+Used by the gateway for X-Label-Selector headers, for the selector of an API key (``api_key.py``,
+``_keys.pyx``), and by the embedded API for ``?labelSelector=``.
 """
 
 from __future__ import annotations

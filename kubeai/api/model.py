@@ -6,7 +6,7 @@ limits. Decoding enforces types and enums only, so that one invalid stored objec
 list from being read. Decoding drops unknown fields, so all writes to the API are patches, never a
 whole Model.
 
-Used by the operator (informers), the engines (pods), `kubeai local` and the CRD generator.
+Used by the operator (informers), podspec (pods), the console, `kubeai local` and the CRD generator.
 """
 
 from __future__ import annotations

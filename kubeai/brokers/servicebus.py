@@ -1,9 +1,10 @@
 """Azure Service Bus, by azure-servicebus.
 
-A URL is that of the Go CDK: ``azuresb://topic`` for responses, ``azuresb://topic?subscription=name``
-for requests. ``azuresb://queue`` is a queue, for both. The namespace and the credentials come from
-``SERVICEBUS_CONNECTION_STRING``, or else the namespace from ``AZURE_SERVICEBUS_HOSTNAME`` and the
-credentials from azure-identity's default chain (workload identity, managed identity, environment).
+A URL is that of the Go CDK: ``azuresb://topic`` for responses, and for requests
+``azuresb://topic?subscription=name``. ``azuresb://queue`` is a queue, for both. The namespace and
+the credentials come from ``SERVICEBUS_CONNECTION_STRING``, or else the namespace from
+``AZURE_SERVICEBUS_HOSTNAME`` and the credentials from azure-identity's default chain (workload
+identity, managed identity, environment).
 
 Messages are locked for the entity's lock duration (peek-lock), which ``extend`` restarts. When the
 lock is lost, ``acknowledge``, ``release`` and ``extend`` log a warning, and the service delivers

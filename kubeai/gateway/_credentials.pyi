@@ -29,10 +29,11 @@ def forget(key: Key) -> None:
     """Release a key that requests can no longer have."""
 
 def read(keys: dict[bytes, Key], lines: bytes) -> tuple[Key | None, Problem, int, bool, bytes]:
-    """The key in header lines, each ending in CRLF, as a request's key is found; for tests.
+    """The key in header lines, each ending in CRLF, as a request's key is found.
 
-    Also: the problem, the Sources, whether there are cookies, and the lines that engines get.
+    Also: the problem, the Sources, whether there are cookies, and the lines that engines get. For
+    tests only.
     """
 
 def fingerprint(secret: bytes, text: bytes) -> bytes:
-    """The fingerprint of a text, 16 bytes, with a secret of as many; for tests."""
+    """The fingerprint of a text, 16 bytes, with a secret of as many. For tests only."""

@@ -288,8 +288,11 @@ def check(dict keys not None, bytes credential not None):
     return key, found.problem
 
 
+# -- for tests -------------------------------------------------------------------------------------
+
+
 def read(dict keys not None, bytes lines not None):
-    """See the stub."""
+    """See the stub. For tests only."""
     cdef Credential credential
     cdef RequestHead head = RequestHead.__new__(RequestHead)
     cdef Key key
@@ -301,7 +304,7 @@ def read(dict keys not None, bytes lines not None):
 
 
 def fingerprint(bytes secret not None, bytes text not None):
-    """See the stub."""
+    """See the stub. For tests only."""
     cdef Fingerprint its_secret = secret_in(secret)
     cdef Fingerprint found
     found = fingerprint_of(&its_secret, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))

@@ -1,8 +1,8 @@
 # cython: language_level=3, nonecheck=True
 """The fast path of a request in C: read, count, pick an endpoint, send.
 
-:class:`FastPath` is the base class of AdmittedRequest in attempts.py and so of Proxy in proxy.py. It
-handles what nearly every request needs, from its head to the end of its response, and leaves
+:class:`FastPath` is the base class of AdmittedRequest in attempts.py and so of Proxy in proxy.py.
+It handles what nearly every request needs, from its head to the end of its response, and leaves
 everything else to its subclasses: other paths and methods, bodies that are large or that ``scan``
 rejects, adapters, canaries, stored responses, headers that change how a request is handled, models
 without a ready endpoint, and failures. Its decisions are the same as the subclasses'.
@@ -58,7 +58,7 @@ from kubeai.openai._usage_option cimport asks_to_stream, with_usage
 
 from kubeai.gateway._key_limits import refusal
 from kubeai.gateway.usage_refusals import UsageRefusals
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.routes import Kind
 
 cdef object RESPONSES = Kind.RESPONSES
@@ -233,13 +233,13 @@ cdef class FastPath(EarlyStream):
     cdef bint _is_within_limits(self) except -1:
         try:
             self._charge_once()
-        except BadRequest as error:
+        except ErrorResponse as error:
             self._refuse(error)
             return False
         return True
 
     def _charge_key(self):
-        """Count the request for its key, once. BadRequest if it exceeds a limit."""
+        """Count the request for its key, once. ErrorResponse if it exceeds a limit."""
         self._charge_once()
 
     cdef int _charge_once(self) except -1:
@@ -529,7 +529,7 @@ cdef class FastPath(EarlyStream):
         raise NotImplementedError
 
     def payload_with_id(self):
-        """The body, with the ID of the response that the engine stores if the gateway chooses it."""
+        """The body, with the ID of the response that the engine stores if the gateway sets it."""
         raise NotImplementedError
 
     def moved(self, reservation, suppressed):

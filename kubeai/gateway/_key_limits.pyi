@@ -3,7 +3,7 @@
 from kubeai._keys import Key
 from kubeai._limits import Charge
 from kubeai._prompt import Prompt
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.request import InferenceRequest
 
 OUTPUT_TOKENS: int  # that a response is expected to have if nothing is known
@@ -19,5 +19,5 @@ def expected_tokens(key: Key | None, prompt: Prompt, request: InferenceRequest) 
 def learn_output(key: Key, tokens: int) -> None:
     """Learn how long the key's responses are from one whose request has ended before it."""
 
-def refusal(key: Key, charge: Charge) -> BadRequest:
+def refusal(key: Key, charge: Charge) -> ErrorResponse:
     """The 429 for a request that exceeds a limit of its key; it says which one."""

@@ -20,7 +20,7 @@ from kubeai.openai._body_scan cimport InferenceRequest
 from kubeai.openai._output cimport asked_tokens
 from kubeai.openai._usage cimport UNKNOWN_TOKENS, Usage
 
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 
 cdef enum:
     OUTPUT_TOKENS_FIRST = 256
@@ -102,7 +102,7 @@ def refusal(Key key not None, Charge charge not None):
             f"Rate limit reached: this API key may have {requests(key.in_flight_max)} in flight. "
             "Try again when one has ended."
         )
-    return BadRequest(
+    return ErrorResponse(
         text,
         status=429,
         code="rate_limit_exceeded",

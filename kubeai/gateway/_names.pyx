@@ -3,7 +3,7 @@
 
 A client may use a Model's name, an alias, and either with an adapter. The engine knows only the
 Model's name and the adapters'. So the body of a request by alias is rewritten, and its response
-renamed. Called by the fast path, proxy.py, fallback.py and local_routes.py. No I/O.
+renamed. Called by the fast path, proxy.py, bodies.py, fallback.py and local_routes.py. No I/O.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE

@@ -40,7 +40,7 @@ from kubeai.gateway.stored_responses import (
     with_id,
 )
 from kubeai.logs import get_logger
-from kubeai.openai.errors import BadRequest, engine_error, error_answer, header_lines
+from kubeai.openai.errors import ErrorResponse, engine_error, error_answer, header_lines
 from kubeai.openai.routes import Kind
 from kubeai.routing.queueing import Waiting
 
@@ -154,7 +154,7 @@ class AdmittedRequest(FastPath):
         reason = _FAILURES[failure]
         if self._reservation is None:
             who = "supervisor" if is_console(self.target) else "gateway's local routes"
-            log.error(f"{who} did not respond", reason=reason)
+            log.error("upstream did not respond", upstream=who, reason=reason)
             self._say(502, f"The {who} did not respond.")
             return
         endpoint = self._reservation.name
@@ -280,7 +280,7 @@ class AdmittedRequest(FastPath):
                 self._session.name_model(self._request.engines_name)
             self._task = None
             self._attempt(reservation)
-        except BadRequest as error:
+        except ErrorResponse as error:
             self._task = None
             self._refuse(error)
         except Exception:
@@ -383,7 +383,7 @@ class AdmittedRequest(FastPath):
     def revoked(self) -> None:
         self._refuse(no_valid_key(Problem.INVALID, 0))
 
-    def _note_denial(self, error: BadRequest) -> None:
+    def _note_denial(self, error: ErrorResponse) -> None:
         """Write the audit log's line, if the error denies something to a client."""
         if self.context.key_table is not None:
             self.context.key_table.audit.note(
@@ -396,7 +396,7 @@ class AdmittedRequest(FastPath):
             )
 
     @override
-    def _refuse(self, error: BadRequest, headers: dict[str, str] | None = None) -> None:
+    def _refuse(self, error: ErrorResponse, headers: dict[str, str] | None = None) -> None:
         self._note_denial(error)
         if self.begun:
             self.end(error.status, last_event(error, self._kind, self.request_id))
@@ -407,7 +407,7 @@ class AdmittedRequest(FastPath):
         self.answer(error.status, body, header_lines({**advice(error), **more, **(headers or {})}))
 
     def _say(self, status: int, message: str, code: str | None = None) -> None:
-        self._refuse(BadRequest(message, status=status, code=code))
+        self._refuse(ErrorResponse(message, status=status, code=code))
 
 
 def _waited(waited_s: float) -> dict[str, str]:

@@ -17,7 +17,7 @@ from kubeai.gateway._names import prompt_id
 from kubeai.openai import request as openai
 from kubeai.openai._usage_option import asking_for_usage
 from kubeai.openai.content_coding import codings_in, compressed_form, content_coding, decompress
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 
 if TYPE_CHECKING:
     from kubeai._prompt import Prompt
@@ -41,7 +41,7 @@ class ReadBody(NamedTuple):
 
 
 def check_coding(exchange: Exchange, *, is_form: bool) -> None:
-    """BadRequest if the content coding of the body is not supported.
+    """ErrorResponse if the content coding of the body is not supported.
 
     The engine gets the coding's standard name. Engines know few others: neither "identity", which
     RFC 9110 reserves for Accept-Encoding, nor "x-gzip", which it has recipients read as "gzip".
@@ -63,9 +63,9 @@ def _content_encoding(exchange: Exchange) -> list[str]:
 
 
 def _reserve(exchange: Exchange, copy: bytes) -> None:
-    """Count another copy of the body as buffered. BadRequest if there is no room for it."""
+    """Count another copy of the body as buffered. ErrorResponse if there is no room for it."""
     if not exchange.reserve(len(copy)):
-        raise BadRequest("The buffer for request bodies is full.", status=503)
+        raise ErrorResponse("The buffer for request bodies is full.", status=503)
 
 
 async def read_body(
@@ -86,7 +86,7 @@ async def read_body(
     ``changes``: the caller will change the payload, so it must not be compressed. ``is_metered``:
     have the engine report the usage of a stream.
 
-    BadRequest if the body is invalid, or too long once it is decompressed. Its decompressed form
+    ErrorResponse if the body is invalid, or too long once it is decompressed. Its decompressed form
     and changed copies count as buffered until the exchange ends. Content-Encoding is removed from
     the request to the engine if it no longer applies.
     """

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from kubeai.errors import quoted
 from kubeai.gateway.denials import admin_required
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.routes import PREFIX
 
 if TYPE_CHECKING:
@@ -57,14 +57,14 @@ def check_request(request: Exchange, hosts: Collection[str]) -> None:
 
 
 def check_admin(request: Exchange, key: Key | None) -> None:
-    """BadRequest if the client of a request may not see the console, where keys are required."""
+    """ErrorResponse if the client of a request may not see the console, where keys are required."""
     if key is None or not key.is_admin:
         raise admin_required()
     check_origin(request)
 
 
 def check_origin(request: Exchange) -> None:
-    """BadRequest if a page of another site has made a request.
+    """ErrorResponse if a page of another site has made a request.
 
     A proxy in front may have replaced the Host. No page can make a browser send X-Forwarded-Host.
     """
@@ -94,7 +94,7 @@ def take_cookie(request: Exchange) -> bytes | None:
 def playground_target(request: Exchange) -> str | None:
     """The target in the API that a request of the console's playground is for; None: it is not one.
 
-    BadRequest if it comes from another site.
+    ErrorResponse if it comes from another site.
     """
     if not request.target.startswith(_PLAYGROUND) or request.headers(b"x-kubeai-ui") != [b"1"]:
         return None
@@ -117,14 +117,14 @@ def check_client(
     forwarded: bool,
     hosts: Collection[str] = (),
 ) -> None:
-    """BadRequest if the client may not see the console.
+    """ErrorResponse if the client may not see the console.
 
     ``peer``: its address. ``host``, ``origins``: its Host and Origin headers. ``forwarded``:
     whether a proxy has passed the request on. ``hosts``: allowed names in Host, besides IP
     addresses and localhost.
     """
     if forwarded or not _is_loopback(peer):
-        raise BadRequest(
+        raise ErrorResponse(
             "The console is only served to loopback addresses. Use `kubectl port-forward`.",
             status=403,
             code="not_loopback",
@@ -136,13 +136,13 @@ def check_client(
 
 
 def check_host(host: str | None, hosts: Collection[str]) -> None:
-    """BadRequest if the console has another name than the Host of a browser's request.
+    """ErrorResponse if the console has another name than the Host of a browser's request.
 
     ``hosts``: as of :func:`check_client`.
     """
     name = _host_name(host or "")
     if not (_is_address(name) or _is_localhost(name) or name in map(str.lower, hosts)):
-        raise BadRequest(
+        raise ErrorResponse(
             f"The console is not served as {quoted(name)}. Use localhost, or add the name to "
             "gateway.ui.hosts.",
             status=421,
@@ -150,8 +150,8 @@ def check_host(host: str | None, hosts: Collection[str]) -> None:
         )
 
 
-def _foreign() -> BadRequest:
-    return BadRequest(
+def _foreign() -> ErrorResponse:
+    return ErrorResponse(
         "Requests from other sites are not allowed.", status=403, code="foreign_origin"
     )
 

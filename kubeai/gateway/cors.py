@@ -1,8 +1,8 @@
 """Cross-origin resource sharing (CORS): which web pages may use the API from a browser.
 
 :class:`CorsPolicy` adds the headers of the Fetch standard to responses, preflight responses
-included. Created by context.py from ``gateway.corsOrigins``, called by proxy.py. The relay removes
-CORS headers of engines where it adds these.
+included. Created by context.py from ``gateway.corsOrigins``, called by proxy.py and realtime.py.
+The relay removes CORS headers of engines where it adds these.
 """
 
 from __future__ import annotations

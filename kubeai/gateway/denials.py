@@ -1,7 +1,7 @@
 """Errors for clients whose key is not valid or not sufficient, and the audit log of all denials.
 
-A key or its digest occurs in neither: keys are named by their Secrets. Called by keys.py, proxy.py,
-attempts.py, which logs every denial that it answers, and local_routes.py.
+A key or its digest occurs in neither: keys are named by their Secrets. Called by keys.py,
+console.py, proxy.py, attempts.py, which logs every denial that it answers, and local_routes.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from kubeai._rate_limit import RateLimit
 from kubeai.errors import quoted
 from kubeai.gateway._credentials import Problem, Source
 from kubeai.logs import get_logger
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.routes import origin_form
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _SOURCES = {
 }
 
 
-def no_valid_key(problem: int, sources: int) -> BadRequest:
+def no_valid_key(problem: int, sources: int) -> ErrorResponse:
     """401 that says which header has the wrong key. ``sources``: bits of Source and COOKIE."""
     where = " and ".join(name for bit, name in _SOURCES.items() if sources & bit)
     if problem == Problem.MISSING:
@@ -61,12 +61,12 @@ def no_valid_key(problem: int, sources: int) -> BadRequest:
         message = f"The API key in {where} is not valid."
     else:
         message = "The API key is not valid any more."
-    return BadRequest(message, status=401, code=INVALID_KEY)
+    return ErrorResponse(message, status=401, code=INVALID_KEY)
 
 
-def too_many_failures(retry_after_s: int, per_minute: int) -> BadRequest:
+def too_many_failures(retry_after_s: int, per_minute: int) -> ErrorResponse:
     """429 for a client that keeps sending wrong keys."""
-    return BadRequest(
+    return ErrorResponse(
         f"Too many requests from this address had a wrong API key. The limit is {per_minute} per "
         "minute. Requests with a valid key are not affected.",
         status=429,
@@ -76,9 +76,9 @@ def too_many_failures(retry_after_s: int, per_minute: int) -> BadRequest:
     )
 
 
-def admin_required() -> BadRequest:
+def admin_required() -> ErrorResponse:
     """403 for the console."""
-    return BadRequest(
+    return ErrorResponse(
         "The console needs the key of an administrator: one whose Secret has the annotation "
         'kubeai.org/admin: "true".',
         status=403,
@@ -86,9 +86,9 @@ def admin_required() -> BadRequest:
     )
 
 
-def model_not_allowed(model: str) -> BadRequest:
+def model_not_allowed(model: str) -> ErrorResponse:
     """The same 403 for a Model that the key may not use and for one that does not exist."""
-    return BadRequest(
+    return ErrorResponse(
         f"The model {quoted(model)} does not exist or this API key may not use it.",
         param="model",
         status=403,
@@ -119,7 +119,7 @@ class AuditLog:
 
     def note(
         self,
-        error: BadRequest,
+        error: ErrorResponse,
         *,
         client: str,
         method: str,

@@ -4,7 +4,8 @@ An endpoint's :class:`EndpointPool` is the target of its Reservations. The worke
 application is another upstream (:class:`LocalRoutesPool`), and so is the supervisor's console
 (:class:`ConsolePool`). Idle connections are reused last in,
 first out, so that surplus ones stay idle. The relay's timer closes them after ``idle_timeout_s``,
-before an engine would. Called by the relay and the exchange.
+before an engine would. Created by server.py; called by the relay, the exchange, attempts.py,
+fallback.py and retries.py.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ from kubeai.gateway.relay._exchange import LOST, STATUS
 from kubeai.gateway.retries import check_loss
 from kubeai.logs import get_logger
 from kubeai.openai import request as openai
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.routes import Kind, classify
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class FallbackRequest(AdmittedRequest):
     async def _leave_failing(self, failed: Reservation, alone: bool) -> Reservation:
         if self._lost:
             await check_loss(self._attempts, self._routed, failed, alone)
-        error = BadRequest(
+        error = ErrorResponse(
             f"The model {self._request.model!r} fails, and no fallback can serve the request.",
             status=502,
             code="bad_gateway",
@@ -193,7 +193,7 @@ class FallbackRequest(AdmittedRequest):
     async def _back_off(self) -> Reservation | None:
         try:
             return await super()._back_off()
-        except BadRequest as error:
+        except ErrorResponse as error:
             return await self._fall_back("failing", error)
 
     # -- waits -------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class FallbackRequest(AdmittedRequest):
             if self._is_saturated():
                 return await self._take_first("saturated") or await self._stay_saturated()
             return await self._take_first("not_ready") or await self._wait_for_any()
-        except BadRequest as error:
+        except ErrorResponse as error:
             reason = _REASONS.get(error.code)
             if reason is None:
                 raise
@@ -293,7 +293,7 @@ class FallbackRequest(AdmittedRequest):
                 return await super()._hold()
         except TimeoutError:
             reason: FallbackReason = "saturated" if self._is_saturated() else "not_ready"
-        except BadRequest as error:
+        except ErrorResponse as error:
             reason = _REASONS.get(error.code) or "not_ready"
         return await self._go_to(asked, reason)
 
@@ -334,7 +334,7 @@ class FallbackRequest(AdmittedRequest):
             return True
         return block.fails_at_s > asyncio.get_running_loop().time()
 
-    async def _fall_back(self, reason: FallbackReason, error: BadRequest) -> Reservation:
+    async def _fall_back(self, reason: FallbackReason, error: ErrorResponse) -> Reservation:
         """Leave the current Model, which cannot serve the request. ``error``: if none else can."""
         if (asked := self._model_of_canary()) is not None:
             return await self._go_to(asked, reason)

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 
 from kubeai._rate_limit import RateLimit
 from kubeai.gateway.relay._relay import RETRY_AFTER_S
-from kubeai.gateway.retries import ENGINE_DIED
 from kubeai.logs import get_logger
-from kubeai.openai.errors import BadRequest, model_not_found
+from kubeai.openai.errors import ErrorResponse, model_not_found
 from kubeai.routing.queueing import Blocked, Displaced, ModelGone, NoEndpoint, Waiting
 
 if TYPE_CHECKING:
@@ -46,14 +45,15 @@ RETRY_AFTER_MAX_S = 600
 _refusals = RateLimit(burst_max=50, per_s=1)
 
 
-def advice(error: BadRequest) -> dict[str, str]:
+def advice(error: ErrorResponse) -> dict[str, str]:
     """Headers of an error response that say whether the client should retry, and when."""
-    if error.code in (ENGINE_DIED, CANNOT_START):
-        return {"x-should-retry": "false"}  # OpenAI's clients would retry a 502 or 503
-    if error.retry_after_s is not None:
-        headers = {"Retry-After": str(error.retry_after_s)}
-        return headers if error.is_retryable else {**headers, "x-should-retry": "false"}
-    return {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else {}
+    retry_after_s = error.retry_after_s
+    if retry_after_s is None and error.is_retryable and error.status in (429, 503):
+        retry_after_s = RETRY_AFTER_S
+    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    if not error.is_retryable:
+        headers["x-should-retry"] = "false"  # OpenAI's clients would retry a 429, 502 or 503
+    return headers
 
 
 async def hold(
@@ -67,7 +67,9 @@ async def hold(
     during: contextlib.AbstractContextManager[None] | None = None,
     request_id: str = "",
 ) -> Reservation:
-    """Wait until an endpoint can serve the request and it is its turn; BadRequest if not in time.
+    """Wait until an endpoint can serve the request and it is its turn.
+
+    ErrorResponse if that takes too long.
 
     The request is counted as held while it waits, and a replica of the model is demanded if it has
     none. A model that is known to be unable to start is neither waited for nor scaled up. If too
@@ -112,8 +114,8 @@ async def hold(
         context.unhold(routed.model)
 
 
-def _too_many(routed: RoutedModel, model: str) -> BadRequest:
-    return BadRequest(
+def _too_many(routed: RoutedModel, model: str) -> ErrorResponse:
+    return ErrorResponse(
         f"Too many requests are waiting for the model {model!r}.",
         status=503,
         code="overloaded",
@@ -157,7 +159,7 @@ class _Watcher:
         return False
 
 
-def _timed_out(routed: RoutedModel, model: str, adapter: str | None) -> BadRequest:
+def _timed_out(routed: RoutedModel, model: str, adapter: str | None) -> ErrorResponse:
     if routed.can_serve(adapter):
         return _saturated(routed, model)
     message = f"No replica of the model {model!r} became ready in time."
@@ -166,15 +168,15 @@ def _timed_out(routed: RoutedModel, model: str, adapter: str | None) -> BadReque
         message += f" {block.reason}: {block.message}"
     log.warning("no endpoint became ready", model=model, reason=block and block.reason)
     retry_after_s = _retry_after_s(routed)
-    return BadRequest(message, status=504, code="timeout", retry_after_s=retry_after_s)
+    return ErrorResponse(message, status=504, code="timeout", retry_after_s=retry_after_s)
 
 
-def _saturated(routed: RoutedModel, model: str) -> BadRequest:
+def _saturated(routed: RoutedModel, model: str) -> ErrorResponse:
     suppressed = _refusals.take(time.monotonic())
     if suppressed is not None:
         waiting = len(routed.queue)
         log.warning("no endpoint had room", model=model, waiting=waiting, suppressed=suppressed)
-    return BadRequest(
+    return ErrorResponse(
         f"All replicas of the model {model!r} were busy until the end of the wait.",
         status=504,
         code="timeout",
@@ -182,11 +184,11 @@ def _saturated(routed: RoutedModel, model: str) -> BadRequest:
     )
 
 
-def _displaced(routed: RoutedModel, model: str, adapter: str | None) -> BadRequest:
+def _displaced(routed: RoutedModel, model: str, adapter: str | None) -> ErrorResponse:
     suppressed = _refusals.take(time.monotonic())
     if suppressed is not None:
         log.warning("request displaced", model=model, suppressed=suppressed)
-    return BadRequest(
+    return ErrorResponse(
         f"Too many requests are waiting for the model {model!r}. One of a higher priority, "
         "or of a tenant with fewer waiting requests, has taken the place of this one.",
         status=429,
@@ -195,7 +197,7 @@ def _displaced(routed: RoutedModel, model: str, adapter: str | None) -> BadReque
     )
 
 
-def _blocked(routed: RoutedModel, model: str, block: Block) -> BadRequest:
+def _blocked(routed: RoutedModel, model: str, block: Block) -> ErrorResponse:
     suppressed = _refusals.take(time.monotonic())
     if suppressed is not None:
         log.warning(
@@ -204,11 +206,12 @@ def _blocked(routed: RoutedModel, model: str, block: Block) -> BadRequest:
             reason=block.reason,
             suppressed=suppressed,
         )
-    return BadRequest(
+    return ErrorResponse(
         f"The model {model!r} cannot be served. {block.reason}: {block.message}",
         status=503,
         code=UNAVAILABLE if block.retry else CANNOT_START,
-        retry_after_s=_retry_after_s(routed),
+        retry_after_s=_retry_after_s(routed) if block.retry else None,
+        is_retryable=block.retry,
     )
 
 

@@ -29,7 +29,7 @@ from kubeai.gateway.denials import (
     too_many_failures,
 )
 from kubeai.gateway.event_counts import EventCounter
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.routing.keys import KeyDelta, KeyRecord, KeySnapshot
 
 HEALTH_PATHS = frozenset(("/healthz", "/readyz"))  # for GET and HEAD, without a key
@@ -41,17 +41,13 @@ class Keys:
     """See the module. ``by_digest`` is the context's dictionary, and stays the same object."""
 
     def __init__(
-        self,
-        by_digest: dict[bytes, Key],
-        failures_per_minute: int,
-        events: EventCounter,
-        clock: Callable[[], float] = time.monotonic,
+        self, by_digest: dict[bytes, Key], failures_per_minute: int, events: EventCounter
     ) -> None:
         """``failures_per_minute``: of a client address; 0: no limit. ``events``: for metrics."""
         self.by_digest = by_digest
         self.by_name: dict[str, Key] = {}
         self.audit = AuditLog(events)
-        self.failures = FailureLimit(failures_per_minute, clock)
+        self.failures = FailureLimit(failures_per_minute)
 
     def apply(self, message: KeySnapshot | KeyDelta) -> bool:
         """Apply a change. Returns whether keys were revoked, or are no longer an administrator's.
@@ -86,7 +82,7 @@ class Keys:
             self.by_name[name] = self.by_digest[key.digest] = key
         return is_revoked
 
-    def rejection(self, problem: int, sources: int, address: str) -> BadRequest:
+    def rejection(self, problem: int, sources: int, address: str) -> ErrorResponse:
         """The error for a request without a valid key; counts it if the key was wrong.
 
         ``problem``, ``sources``: of ``_credentials``.
@@ -114,7 +110,8 @@ def check_credential(
 ) -> Key:
     """The administrator's key with a text that a client has sent elsewhere than in a header.
 
-    BadRequest if it is not one, which is logged, and a wrong key counted for the client's address.
+    ErrorResponse if it is not one, which is logged, and a wrong key counted for the client's
+    address.
     """
     keys = context.key_table
     assert keys is not None, "keys are required"
@@ -134,7 +131,7 @@ def check_credential(
 class FailureLimit:
     """Token buckets by client address. IPv6 addresses count by their /64."""
 
-    def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.per_minute = per_minute
         self._clock = clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # latest use last

@@ -8,7 +8,7 @@ The worker runs it with :func:`make_runner`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -27,16 +27,14 @@ from kubeai.gateway.denials import model_not_allowed, no_valid_key
 from kubeai.gateway.holding import advice
 from kubeai.gateway.internal_headers import DENIED_HEADER, KEY_HEADER
 from kubeai.gateway.keys import HEALTH_PATHS, check_credential
-from kubeai.logs import get_logger
-from kubeai.openai.errors import BadRequest, error_answer, model_not_found
+from kubeai.http_errors import error_middleware
+from kubeai.openai.errors import ErrorResponse, error_answer, model_not_found
 from kubeai.openai.request import named, parse_selectors
 from kubeai.openai.routes import PREFIX, Kind, RouteMatch, classify
 from kubeai.routing.routes import Route
 
 if TYPE_CHECKING:
     from kubeai._keys import Key
-
-log = get_logger(__name__)
 
 CONTEXT = web.AppKey("context", Context)
 DEFAULT_FEATURE = "TextGeneration"  # of the list below /openai/v1, as in KubeAI in Go
@@ -62,34 +60,12 @@ def make_runner(context: Context) -> web.AppRunner:
 
 def make_app(context: Context) -> web.Application:
     """The application, without a server."""
-    app = web.Application(middlewares=[_errors])
+    internal = ErrorResponse("Internal error in the gateway. See its log.", status=500)
+    app = web.Application(middlewares=[error_middleware(_answer, internal)])
     app[CONTEXT] = context
     app.on_response_prepare.append(_unsigned)
     app.router.add_route("*", "/{path:.*}", _dispatch)
     return app
-
-
-@web.middleware
-async def _errors(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Turn exceptions into error responses, in the format for the request's path."""
-    try:
-        return await handler(request)
-    except BadRequest as error:
-        _note_denial(request, error)
-        return _refusal(request, error, advice(error))
-    except web.HTTPException as error:
-        return _refusal(request, BadRequest(error.reason, status=error.status))
-    except (ConnectionError, web.RequestPayloadError):
-        # The client has disconnected. A second response must not follow one that has begun.
-        if request.transport is not None:
-            request.transport.abort()
-        return web.Response()
-    except Exception:
-        log.exception("local route failed", method=request.method, path=request.path)
-        message = "Internal error in the gateway. See its log."
-        return _refusal(request, BadRequest(message, status=500))
 
 
 async def _unsigned(_: web.Request, response: web.StreamResponse) -> None:
@@ -135,11 +111,11 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
         f"Invalid URL ({request.method} {path}). Use the base URL {base}/v1 or {base}{PREFIX}/v1; "
         f"clients of Anthropic and Ollama need {base}"
     )
-    return _refusal(request, BadRequest(message, status=404, code="unknown_url"))
+    return _refusal(request, ErrorResponse(message, status=404, code="unknown_url"))
 
 
 def _client_key(request: web.Request) -> Key | None:
-    """The client's key; None if keys are not required. BadRequest if it has just been revoked."""
+    """The client's key; None if keys are not required. ErrorResponse 401 if it has been revoked."""
     keys = request.app[CONTEXT].key_table
     if keys is None:
         return None
@@ -149,7 +125,12 @@ def _client_key(request: web.Request) -> Key | None:
     return key
 
 
-def _note_denial(request: web.Request, error: BadRequest) -> None:
+def _answer(request: web.Request, error: ErrorResponse) -> web.Response:
+    _note_denial(request, error)
+    return _refusal(request, error, advice(error))
+
+
+def _note_denial(request: web.Request, error: ErrorResponse) -> None:
     keys = request.app[CONTEXT].key_table
     if keys is not None:
         keys.audit.note(
@@ -164,7 +145,7 @@ def _note_denial(request: web.Request, error: BadRequest) -> None:
 
 
 def _refusal(
-    request: web.Request, error: BadRequest, headers: dict[str, str] | None = None
+    request: web.Request, error: ErrorResponse, headers: dict[str, str] | None = None
 ) -> web.Response:
     # The relay assigns an ID to every request.
     request_id = request.headers.get("X-Request-Id")
@@ -179,7 +160,7 @@ def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None)
 def _not_allowed(request: web.Request, methods: tuple[str, ...]) -> web.Response:
     allow = ", ".join(methods)
     message = f"The method {request.method} is not allowed. Use {allow}."
-    error = BadRequest(message, status=405, code="method_not_allowed")
+    error = ErrorResponse(message, status=405, code="method_not_allowed")
     return _refusal(request, error, {"Allow": allow})
 
 
@@ -251,7 +232,7 @@ def _selection(request: web.Request) -> Callable[[Route], bool]:
     return lambda route: all(selector(route.labels) for selector in selectors)
 
 
-def _missing(request: web.Request) -> Callable[[str], BadRequest]:
+def _missing(request: web.Request) -> Callable[[str], ErrorResponse]:
     """The error for a model that does not exist, or that the client may not use."""
     key = _client_key(request)
     return model_not_allowed if key is not None and key.restricted else model_not_found

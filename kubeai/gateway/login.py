@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl, urlsplit
 from aiohttp import web
 
 from kubeai.gateway.console import COOKIE_NAME, LOGIN_PATH, LOGIN_PATHS, LOGOUT_PATH, PATH
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 
 BODY_MAX_BYTES = 4096  # a key has up to 512 bytes, each up to three of them in a form
 FORM_TYPE = "application/x-www-form-urlencoded"
@@ -102,8 +102,8 @@ def is_login(method: str, path: str) -> bool:
 async def answer(request: web.Request, check: Check) -> web.Response:
     """The response to a request that :func:`is_login` accepts.
 
-    ``check(key, address)`` raises BadRequest unless the key is an administrator's. ``address``: the
-    client's.
+    ``check(key, address)`` raises ErrorResponse unless the key is an administrator's. ``address``:
+    the client's.
     """
     _check_origin(request)
     if request.path == LOGOUT_PATH:
@@ -112,11 +112,11 @@ async def answer(request: web.Request, check: Check) -> web.Response:
     try:
         check(text.encode(), _address(request))
         if not _COOKIE_VALUE.fullmatch(text):
-            raise BadRequest(
+            raise ErrorResponse(
                 "This key has characters that a browser cannot keep. Create another one with "
                 "kubeai key create."
             )
-    except BadRequest as error:
+    except ErrorResponse as error:
         retry = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
         return login_response(error.status, error.message, retry)
     return _redirect(request, text, "")
@@ -125,12 +125,12 @@ async def answer(request: web.Request, check: Check) -> web.Response:
 async def _key_in(request: web.Request) -> str:
     """The key in the form's body, without the white space that comes with copying."""
     if request.content_type != FORM_TYPE:
-        raise BadRequest(f"The Content-Type must be {FORM_TYPE}.", status=415)
+        raise ErrorResponse(f"The Content-Type must be {FORM_TYPE}.", status=415)
     body = b""
     async for piece in request.content.iter_any():
         body += piece
         if len(body) > BODY_MAX_BYTES:
-            raise BadRequest(f"The form is longer than {BODY_MAX_BYTES} bytes.", status=413)
+            raise ErrorResponse(f"The form is longer than {BODY_MAX_BYTES} bytes.", status=413)
     try:
         text = body.decode("ascii")
         fields = parse_qsl(text, keep_blank_values=True, strict_parsing=True, errors="strict")
@@ -138,12 +138,12 @@ async def _key_in(request: web.Request) -> str:
         if name != "key":
             raise ValueError
     except ValueError:
-        raise BadRequest("The form must have one field, named key.") from None
+        raise ErrorResponse("The form must have one field, named key.") from None
     return text.strip()
 
 
 def _check_origin(request: web.Request) -> None:
-    """BadRequest for a form of another site."""
+    """ErrorResponse for a form of another site."""
     host = request.headers.get("X-Forwarded-Host", request.host).lower()
     for origin in request.headers.getall("Origin", ()):
         try:
@@ -151,7 +151,7 @@ def _check_origin(request: web.Request) -> None:
         except ValueError:
             authority = ""
         if authority != host:
-            raise BadRequest(
+            raise ErrorResponse(
                 "Requests from other sites are not allowed.", status=403, code="foreign_origin"
             )
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 
 from kubeai.errors import decode_problem
-from kubeai.openai.errors import BadRequest, model_not_found
+from kubeai.openai.errors import ErrorResponse, model_not_found
 from kubeai.openai.routes import OLLAMA_PREFIX, PREFIX, Kind
 from kubeai.routing.routes import Feature, Route
 
@@ -29,20 +29,20 @@ _KEPT = timedelta(days=365)
 
 
 def check_engine(kind: Kind, route: Route) -> None:
-    """BadRequest if the request is one of Ollama's API and the Model's engine does not have it."""
+    """ErrorResponse if the request is one of Ollama's API, which the Model's engine lacks."""
     if kind.is_ollama and route.engine not in ENGINES:
-        raise BadRequest(
+        raise ErrorResponse(
             f"The model {route.model!r} is served by {route.engine}, which does not have Ollama's "
             "API. Use an OpenAI client, with a base URL that ends in /v1.",
             param="model",
         )
 
 
-def not_served(method: str, path: str) -> BadRequest | None:
+def not_served(method: str, path: str) -> ErrorResponse | None:
     """404 for the routes by which Ollama's clients change models; None for all other paths."""
     if not path.removeprefix(PREFIX).startswith(OLLAMA_PREFIX):
         return None
-    return BadRequest(
+    return ErrorResponse(
         f"{method} {path} is not supported. The models are Models in Kubernetes; use kubectl or "
         "Helm to create, change or delete them.",
         status=404,
@@ -127,7 +127,7 @@ def running(routes: Iterable[Route]) -> bytes:
 
 
 def shown(
-    body: bytes, routes: Iterable[Route], missing: Callable[[str], BadRequest] = model_not_found
+    body: bytes, routes: Iterable[Route], missing: Callable[[str], ErrorResponse] = model_not_found
 ) -> bytes:
     """The response of ``/api/show`` to a request with this body.
 
@@ -137,7 +137,7 @@ def shown(
         request = msgspec.json.decode(body, type=OllamaShowRequest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         problem = decode_problem(error)
-        raise BadRequest(f"The body is not a JSON object with a model: {problem}.") from None
+        raise ErrorResponse(f"The body is not a JSON object with a model: {problem}.") from None
     name = request.model or request.name
     for route in routes:
         if _tagged(name) in _names(route):

@@ -52,7 +52,7 @@ from kubeai.gateway.relay._tunnel import Tunnel
 from kubeai.gateway.stored_responses import check_tenant, not_stored
 from kubeai.gateway.uploads.upload import Upload, is_form
 from kubeai.openai import request as openai
-from kubeai.openai.errors import BadRequest, model_not_found
+from kubeai.openai.errors import ErrorResponse, model_not_found
 from kubeai.openai.routes import Kind, classify, origin_form
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Proxy(FallbackRequest):
         is_upload = is_form(self, kind)
         try:
             check_coding(self, is_form=is_upload)
-        except BadRequest as error:
+        except ErrorResponse as error:
             self._refuse(error)
             return
         path = kind.value.replace("{id}", target.id or "").encode()
@@ -117,7 +117,7 @@ class Proxy(FallbackRequest):
             request = openai.named(self._kind, model)
             routed = self._split(request, self._find(request), None)
             reservation = self._admit(request, routed)
-        except BadRequest as error:
+        except ErrorResponse as error:
             self._refuse(error)
             return
         self._path = f"{self._kind.value}?{engines_query(query, request)}".encode("latin-1")
@@ -148,7 +148,7 @@ class Proxy(FallbackRequest):
                 self._needs_admin = True
             else:
                 check_request(self, self.context.config.ui.hosts)
-        except BadRequest as error:
+        except ErrorResponse as error:
             self._deny(error)
             return
         if is_login:
@@ -173,7 +173,7 @@ class Proxy(FallbackRequest):
                     self.set_target(target.encode("latin-1"))
             if problem != Problem.NO_PROBLEM and not self._needs_no_key():
                 raise keys.rejection(problem, sources, self.peer)
-        except BadRequest as error:
+        except ErrorResponse as error:
             if self.context.observers is not None:
                 self.observe(self.context.observers)
             if error.status == 429:
@@ -198,7 +198,7 @@ class Proxy(FallbackRequest):
     def _targets_console(self) -> bool:
         return self.context.console is not None and is_console(self.target)
 
-    def _deny(self, error: BadRequest, *, shows_message: bool = True) -> None:
+    def _deny(self, error: ErrorResponse, *, shows_message: bool = True) -> None:
         """Respond with an error; to a browser that opens the console, with the login page.
 
         ``shows_message``: whether the login page also shows the error's message.
@@ -208,7 +208,7 @@ class Proxy(FallbackRequest):
             return
         try:
             check_host(self.host, self.context.config.ui.hosts)
-        except BadRequest as unknown:
+        except ErrorResponse as unknown:
             self._refuse(unknown)
         else:
             self._note_denial(error)
@@ -234,7 +234,7 @@ class Proxy(FallbackRequest):
                 self._wait(partial(self._continue, request))
                 return
             reservation = self._admit(request, routed)
-        except BadRequest as error:
+        except ErrorResponse as error:
             self._refuse(error)
             return
         self._place(reservation)
@@ -244,7 +244,7 @@ class Proxy(FallbackRequest):
     def _receive_upload(self) -> None:
         try:
             self._upload = Upload(self, self.context)
-        except BadRequest as error:
+        except ErrorResponse as error:
             self._refuse(error)
             return
         self.receive(self.context.config.multipart_max_bytes)
@@ -324,7 +324,7 @@ class Proxy(FallbackRequest):
     ) -> Reservation | None:
         """Count the request for its model, and pick an endpoint if one (``only``) can serve it.
 
-        BadRequest if it exceeds a limit of its key.
+        ErrorResponse if it exceeds a limit of its key.
         """
         self._request = request
         self._routed = routed

@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote_plus, urlsplit
 import msgspec
 
 from kubeai.errors import decode_problem, quoted
-from kubeai.openai.errors import BadRequest, error_event
+from kubeai.openai.errors import ErrorResponse, error_event
 from kubeai.openai.routes import Kind
 
 if TYPE_CHECKING:
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     from kubeai.openai.request import InferenceRequest
 
 
-def no_websocket() -> BadRequest:
+def no_websocket() -> ErrorResponse:
     """426 on other routes, after which clients such as Codex fall back to HTTP at once."""
-    return BadRequest(
+    return ErrorResponse(
         "WebSocket is not supported on this path. Send a POST request over HTTP/1.1.",
         status=426,
         code="upgrade_required",
     )
 
 
-def websocket_required() -> BadRequest:
+def websocket_required() -> ErrorResponse:
     """426 for a request that is not a handshake."""
-    return BadRequest(
+    return ErrorResponse(
         "This path is a WebSocket. Send a handshake over HTTP/1.1, with 'Upgrade: websocket'.",
         status=426,
         code="upgrade_required",
@@ -52,16 +52,16 @@ def websocket_required() -> BadRequest:
 
 
 def check_handshake(exchange: Exchange, cors: CorsPolicy | None) -> None:
-    """BadRequest if the handshake has a body, or comes from a page that may not use the API.
+    """ErrorResponse if the handshake has a body, or comes from a page that may not use the API.
 
     Engines do not get the origin: one with a policy of its own would reject it.
     """
     if not exchange.received:
-        raise BadRequest("A WebSocket handshake has no body.")
+        raise ErrorResponse("A WebSocket handshake has no body.")
     origins = [value.decode("latin-1") for value in exchange.headers(b"origin")]
     for origin in origins:
         if not (_is_own(origin, exchange.host) or (cors is not None and cors.allows(origin))):
-            raise BadRequest(
+            raise ErrorResponse(
                 f"Pages from {quoted(origin)} may not use this API. Add the origin to "
                 "gateway.corsOrigins.",
                 status=403,
@@ -79,13 +79,13 @@ def _is_own(origin: str, host: str | None) -> bool:
 
 
 def model_in(query: str) -> str | None:
-    """The value of ``model`` in a query, or None. BadRequest if it is empty or not the only one."""
+    """The value of ``model`` in a query, or None. ErrorResponse if it is empty or not unique."""
     models = [unquote_plus(value) for key, value in _parameters(query) if key == "model"]
     if not models:
         return None
     if len(models) > 1 or not models[0]:
         problem = "more than one" if len(models) > 1 else "an empty"
-        raise BadRequest(f"The query has {problem} model.", param="model")
+        raise ErrorResponse(f"The query has {problem} model.", param="model")
     return models[0]
 
 
@@ -137,10 +137,10 @@ class Session:
     """The client's side of a WebSocket until its model is known and an engine has accepted it."""
 
     def __init__(self, exchange: EarlyStream, tunnel: Tunnel) -> None:
-        """BadRequest if the handshake is invalid."""
+        """ErrorResponse if the handshake is invalid."""
         keys = exchange.headers(b"sec-websocket-key")
         if exchange.headers(b"sec-websocket-version") != [b"13"] or not _is_key(keys):
-            raise BadRequest(
+            raise ErrorResponse(
                 "The WebSocket handshake needs Sec-WebSocket-Version: 13 and a Sec-WebSocket-Key."
             )
         self._exchange = exchange
@@ -156,7 +156,10 @@ class Session:
         self._accept = base64.b64encode(digest)
 
     async def model(self) -> str:
-        """Accept the handshake, and wait for the event with the model. BadRequest if none comes."""
+        """Accept the handshake, and wait for the event with the model.
+
+        ErrorResponse if none comes.
+        """
         # Extensions and subprotocols are negotiated with the engine, which is not known yet: drop
         # the client's offers.
         self._exchange.drop_header(b"sec-websocket-extensions")
@@ -176,7 +179,7 @@ class Session:
             async with asyncio.timeout(MODEL_TIMEOUT_S):
                 _, frame = await self._update
         except TimeoutError:
-            raise BadRequest(
+            raise ErrorResponse(
                 "No session.update with a model was received in time.", param="model", status=408
             ) from None
         self._named = str(_decode(frame.payload).model)
@@ -220,7 +223,7 @@ class Session:
             is_long = self._read_bytes > EVENTS_MAX_BYTES or self._frames_count == FRAMES_MAX_COUNT
             if is_long and not self._update.done():
                 raise _violation("No session.update with a model was received first.")
-        except BadRequest as error:
+        except ErrorResponse as error:
             if not self._update.done():
                 self._update.set_exception(error)
                 self._update.exception()  # so that it is not logged if the client has left
@@ -243,12 +246,12 @@ class Session:
         self._read_bytes += frame.size
 
 
-def last_event(error: BadRequest, kind: Kind, request_id: str) -> bytes:
+def last_event(error: ErrorResponse, kind: Kind, request_id: str) -> bytes:
     """The error as the end of a stream that has begun: the last event, or the last frames."""
     return last_frames(error) if kind is Kind.REALTIME else error_event(error, kind, request_id)
 
 
-def last_frames(error: BadRequest) -> bytes:
+def last_frames(error: ErrorResponse) -> bytes:
     """The error as vLLM's event, and the close frame."""
     event = {"type": "error", "error": error.message, "code": error.code or str(error.status)}
     code = _POLICY_VIOLATION
@@ -257,8 +260,8 @@ def last_frames(error: BadRequest) -> bytes:
     return _frame(_TEXT, _encode(event)) + _frame(_CLOSE, code.to_bytes(2, "big"))
 
 
-def _violation(message: str) -> BadRequest:
-    return BadRequest(message, param="model")
+def _violation(message: str) -> ErrorResponse:
+    return ErrorResponse(message, param="model")
 
 
 def _is_key(keys: list[bytes]) -> bool:
@@ -292,7 +295,7 @@ def _frame(opcode: int, payload: bytes, *, is_masked: bool = False) -> bytes:
 
 
 def _read_frame(data: bytes, at: int) -> _Frame | None:
-    """Read a client's frame at an offset; None if it is incomplete. BadRequest if it is invalid."""
+    """Read a client's frame at an offset; None if it is incomplete. ErrorResponse if invalid."""
     if len(data) < at + 2:
         return None
     first, size = data[at], data[at + 1] & 0x7F

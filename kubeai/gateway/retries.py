@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from kubeai.logs import get_logger
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 
 if TYPE_CHECKING:
     from kubeai._counts import Reservation
@@ -37,7 +37,6 @@ PROOF_PAUSES_S = (0.02, 0.04, 0.08, 0.16, 0.32)
 
 NO_ANSWER = 0
 TIMED_OUT = -1
-ENGINE_DIED = "engine_died"
 _CODES = {503: "model_unavailable", 504: "timeout"}  # of failures that are answered; as elsewhere
 
 
@@ -232,8 +231,8 @@ class Retries:
     ) -> Reservation | None:
         """Pick an endpoint after a wait; None if there is none, or if those that work are full.
 
-        BadRequest with the failed attempt's status if the budget is exhausted and no other endpoint
-        is proven.
+        ErrorResponse with the failed attempt's status if the budget is exhausted and no other
+        endpoint is proven.
         """
         if self._granted:  # all have been tried: retry any but the one that failed last
             await asyncio.sleep(self.pause_s)
@@ -251,7 +250,7 @@ class Retries:
             raise self._exhausted(routed)
         return silent
 
-    def _exhausted(self, routed: RoutedModel) -> BadRequest:
+    def _exhausted(self, routed: RoutedModel) -> ErrorResponse:
         """The error after the last failed attempt; its status is that attempt's if it had one."""
         what = f"responded with {self._status}" if self._status > 0 else "did not respond"
         status = self._status if self._status > 0 else 504 if self._status == TIMED_OUT else 502
@@ -261,7 +260,7 @@ class Retries:
             endpoint=self._tried[-1],
             reason=what,
         )
-        return BadRequest(
+        return ErrorResponse(
             f"The last replica tried {what}, and no other replica is known to work.",
             status=status,
             code=_CODES.get(status, "bad_gateway"),
@@ -284,7 +283,7 @@ def _take_probe(upstream: EndpointConnections) -> bool:
 
 
 async def check_loss(retries: Retries, routed: RoutedModel, lost: Reservation, alone: bool) -> None:
-    """After an attempt lost its connection, raise BadRequest if the request crashed the engine.
+    """After an attempt lost its connection, raise ErrorResponse if the request crashed the engine.
 
     An engine that still listens has not crashed, and one that drains was stopped on purpose. One
     that is no longer in the route may have been stopped for another reason. ``alone``: no other
@@ -297,8 +296,9 @@ async def check_loss(retries: Retries, routed: RoutedModel, lost: Reservation, a
         return
     if retries.killed(alone and not gone):
         log.error("request crashed its engine", model=routed.route.model, endpoint=lost.name)
-        raise BadRequest(
+        raise ErrorResponse(
             "The engine crashed while serving this request. It is not retried.",
             status=502,
-            code=ENGINE_DIED,
+            code="engine_died",
+            is_retryable=False,
         )

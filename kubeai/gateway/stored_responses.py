@@ -43,7 +43,7 @@ import msgspec
 
 from kubeai.errors import quoted
 from kubeai.logs import get_logger
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.routes import RESPONSE_ID, Kind
 from kubeai.routing.routes import Endpoint, Route
 from kubeai.routing.table import RoutedModel
@@ -130,7 +130,7 @@ class StoredResponses:
     ) -> Location:
         """The endpoint of one of these models that has the response.
 
-        ``selects``: whether the client may use a Model. BadRequest: 404 if no endpoint has the
+        ``selects``: whether the client may use a Model. ErrorResponse 404 if no endpoint has the
         response, 503 if one of them did not answer.
         """
         able = [
@@ -150,7 +150,7 @@ class StoredResponses:
 
         The other models are its canary and fallbacks, which may have created the response. None if
         any endpoint of the first model can take the request: there is only one, or none has the
-        response, and the engine's own error is the most accurate. BadRequest: 503 if one did not
+        response, and the engine's own error is the most accurate. ErrorResponse 503 if one did not
         answer.
         """
         able = [routed for routed in models if routed.route.engine in STORING_ENGINES]
@@ -191,7 +191,7 @@ class StoredResponses:
     ) -> Location | None:
         if self.lookups >= LOOKUPS_MAX_COUNT:
             message = "Too many stored responses are being looked up."
-            raise BadRequest(message, status=503, code="overloaded")
+            raise ErrorResponse(message, status=503, code="overloaded")
         places = [(routed, endpoint) for routed in models for endpoint in routed.route.endpoints]
         self.lookups += 1
         try:
@@ -277,9 +277,9 @@ def _new_session() -> aiohttp.ClientSession:
     )
 
 
-def _unsure(response_id: str, silent: list[str]) -> BadRequest:
+def _unsure(response_id: str, silent: list[str]) -> ErrorResponse:
     log.warning("endpoints did not answer the lookup of a stored response", endpoints=silent[:10])
-    return BadRequest(
+    return ErrorResponse(
         f"No replica that answered has a response with the ID {quoted(response_id)}, but "
         f"{len(silent)} did not answer.",
         status=503,
@@ -324,9 +324,11 @@ def _tenant_hash(tenant: str) -> str:
     return hashlib.sha256(f"response of {tenant}".encode()).hexdigest()[:_TENANT_CHARS]
 
 
-def not_stored(response_id: str) -> BadRequest:
+def not_stored(response_id: str) -> ErrorResponse:
     """404: no replica has this response, or none that the client may use."""
-    return BadRequest(f"No replica has a response with the ID {quoted(response_id)}.", status=404)
+    return ErrorResponse(
+        f"No replica has a response with the ID {quoted(response_id)}.", status=404
+    )
 
 
 def lookup_headers(exchange: Exchange) -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""A Kubernetes API client, used by the operator, the kubelet and ``kubeai local``.
+"""A Kubernetes API client.
+
+Used by the operator, the supervisor, ``kubeai local`` with its kubelet, and the commands for keys.
 
 Owns the connections, the verbs, :meth:`Kube.follow`, which keeps a caller's view of a collection
 up to date, and :meth:`Kube.fenced`, through which a leader writes. Objects are dicts, or any type

@@ -2,7 +2,8 @@
 
 Promises: ``work(name)`` never runs concurrently for the same name; a name added while it is being
 processed is processed once more; after an error the name backs off, with jitter, even if it is
-added meanwhile. Used by the controller.
+added meanwhile. Used by the operator's controller and by the Job
+controller of ``kubeai local``.
 """
 
 from __future__ import annotations

@@ -127,9 +127,15 @@ def settings(
             raise OptionError(
                 f"--strategies: {name!r} is not one of {', '.join(get_args(Strategy))}"
             )
-    given = {key: value for key, value in ring.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in ring.items() if value is not None}
     found = tuple(
-        Setting(engines=engines, engine=engine, strategy=name, concurrency=concurrency, **given)  # type: ignore[arg-type]
+        Setting(
+            engines=engines,
+            engine=engine,
+            strategy=name,  # type: ignore[arg-type]
+            concurrency=concurrency,
+            **given,
+        )
         for concurrency, name in itertools.product(concurrencies, names)
     )
     if len(found) > RUNS_MAX:

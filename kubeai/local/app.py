@@ -27,13 +27,13 @@ from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CRDS, MODELS, NAMESPACES, NODES, PVCS
 from kubeai.local import from_url, ports
 from kubeai.local.child import Child
+from kubeai.local.engine_env import read_engine_envs
 from kubeai.local.engines import (
     ENGINES,
     MOCK_IMAGE,
     EngineEnvs,
     Found,
     ModelPath,
-    read_engine_envs,
     survey,
 )
 from kubeai.local.jobs.controller import JobController
@@ -388,7 +388,8 @@ def _check_namespaces(manifests: list[Manifest], served: str) -> None:
 async def _apply(client: Kube, manifests: list[Manifest]) -> None:
     for manifest in manifests:
         outcome = await apply(client, manifest)
-        log.info(f"{manifest.resource.kind.lower()} {outcome}", name=manifest.name)
+        kind = manifest.resource.kind
+        log.info("manifest applied", kind=kind, name=manifest.name, outcome=outcome)
 
 
 def _greet(options: Options, supervisor: Supervisor, api_port: int, machine: Machine) -> None:
@@ -399,7 +400,7 @@ def _greet(options: Options, supervisor: Supervisor, api_port: int, machine: Mac
     namespace = options.namespace if options.namespace != DEFAULT_NAMESPACE else ""
     shows_console = supervisor.config.gateway.ui.enabled
     _advise_on_keys(options, supervisor)
-    log.info("machine", **_found(machine))
+    log.info("engines found", **_found(machine))
     for draft in machine.models:
         log.info(
             "first request",

@@ -30,7 +30,8 @@ import msgspec
 import kubeai
 from kubeai.errors import KubeAIError, install_hint
 from kubeai.local import ports
-from kubeai.local.engines import EngineEnvs, read_engine_envs, survey
+from kubeai.local.engine_env import read_engine_envs
+from kubeai.local.engines import EngineEnvs, survey
 from kubeai.local.kubelet.gpus import find_gpus
 from kubeai.local.kubelet.runtime.children import run_helper
 from kubeai.port_owners import port_owner

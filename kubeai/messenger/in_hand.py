@@ -23,7 +23,7 @@ from kubeai.logs import get_logger
 from kubeai.messenger.message import Answer, Malformed, Request, read_request, refusal
 from kubeai.messenger.policy import DELIVERIES_MAX_COUNT, Attempts, Verdict, judge
 from kubeai.messenger.relay_client import Gate, Overloaded
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 
 log = get_logger(__name__)
 
@@ -136,13 +136,15 @@ class InHand(Gate):
         if self._count > DELIVERIES_MAX_COUNT:
             self.given_up = True
             message = f"The message was delivered {self._count} times without being answered."
-            return refusal(BadRequest(message, status=500, code="delivered_too_often"), self.path)
+            return refusal(
+                ErrorResponse(message, status=500, code="delivered_too_often"), self.path
+            )
         try:
             return await self._try(request)
         except Exception:
             log.exception("message failed", message_id=self.id)
             message = "Internal error in the messenger. See its log."
-            return refusal(BadRequest(message, status=500), self.path)
+            return refusal(ErrorResponse(message, status=500), self.path)
 
     async def _try(self, request: Request) -> Answer:
         """Attempt the request until its answer is final, each time when its Model has a turn free.

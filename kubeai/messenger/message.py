@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from kubeai.errors import decode_problem, quoted
-from kubeai.openai.errors import BadRequest, error_answer
+from kubeai.openai.errors import ErrorResponse, error_answer
 from kubeai.openai.request import split_model
 from kubeai.openai.routes import Kind, classify
 
@@ -56,7 +56,7 @@ class Answer(msgspec.Struct, frozen=True):
 class Malformed(Exception):
     """A message that cannot be sent to the gateway, and the answer that says why."""
 
-    def __init__(self, error: BadRequest, metadata: msgspec.Raw = NULL, path: str = "") -> None:
+    def __init__(self, error: ErrorResponse, metadata: msgspec.Raw = NULL, path: str = "") -> None:
         super().__init__(error.message)
         self.metadata = metadata
         self.answer = refusal(error, path)
@@ -94,7 +94,7 @@ _decode_raw = msgspec.json.Decoder(msgspec.Raw).decode
 _encode = msgspec.json.Encoder().encode
 
 
-def refusal(error: BadRequest, path: str = "") -> Answer:
+def refusal(error: ErrorResponse, path: str = "") -> Answer:
     """An error of the messenger, in the format of the API that ``path`` belongs to."""
     body, _ = error_answer(error, path, None)
     return Answer(error.status, {"content-type": "application/json"}, body)
@@ -112,12 +112,12 @@ def read_request(body: bytes, attributes: Mapping[str, str]) -> Request:
         kind = _check_path(path)
         payload = bytes(message.body)
         if not payload:
-            raise BadRequest("The message has no body.", param="body")
+            raise ErrorResponse("The message has no body.", param="body")
         fields = _read_fields(payload)
         _check_stream(kind, fields.stream)
         model = split_model(fields.model)[0] if isinstance(fields.model, str) else ""
         return Request(metadata, path, payload, _headers(attributes), model)
-    except BadRequest as error:
+    except ErrorResponse as error:
         raise Malformed(error, metadata, path) from None
 
 
@@ -131,7 +131,7 @@ def _read_message(body: bytes) -> _Message:
         "The message is not a request. It must be a JSON object with the members path (a string) "
         f"and body (an object): {problem}"
     )
-    raise Malformed(BadRequest(message), _salvage_metadata(body))
+    raise Malformed(ErrorResponse(message), _salvage_metadata(body))
 
 
 def _salvage_metadata(body: bytes) -> msgspec.Raw:
@@ -154,16 +154,16 @@ def _check_path(path: str) -> Kind:
     shown = quoted(path)
     if target.kind is None or not _PRINTABLE.fullmatch(path):
         if target.status == 405:
-            raise BadRequest(
+            raise ErrorResponse(
                 f"The path {shown} is not for POST requests, which messages are.",
                 param="path",
                 code="method_not_allowed",
             )
         message = f"The path {shown} is not an inference route, such as {DEFAULT_PATH}."
-        raise BadRequest(message, param="path", status=404, code="unknown_url")
+        raise ErrorResponse(message, param="path", status=404, code="unknown_url")
     if not target.kind.is_json:
         reason = "takes a form" if target.kind.is_form else "is not for inference with a JSON body"
-        raise BadRequest(
+        raise ErrorResponse(
             f"The path {shown} {reason}, which a message cannot ask for. Use HTTP.",
             param="path",
             code="not_for_messages",
@@ -182,7 +182,7 @@ def _read_fields(body: bytes) -> _Fields:
 def _check_stream(kind: Kind, stream: object) -> None:
     """Refuse a request for a streamed response: the answer is one message."""
     if stream is True or (stream is None and kind in _STREAM_BY_DEFAULT):
-        raise BadRequest(
+        raise ErrorResponse(
             'The answer to a message is not streamed. Set "stream" to false.',
             param="stream",
             code="unsupported_value",
@@ -195,7 +195,7 @@ def _headers(attributes: Mapping[str, str]) -> dict[str, str]:
         if name.lower() not in HEADERS:
             continue
         if len(value) > HEADER_MAX_CHARS or not _HEADER_VALUE.fullmatch(value):
-            raise BadRequest(
+            raise ErrorResponse(
                 f"The message's attribute {name} is not a header: it must be at most "
                 f"{HEADER_MAX_CHARS} printable ASCII characters.",
                 param=name,

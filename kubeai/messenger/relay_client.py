@@ -14,7 +14,7 @@ import httptools
 from typing_extensions import override
 
 from kubeai.messenger.message import Answer, Request, refusal
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 
 if TYPE_CHECKING:
     from kubeai.gateway.server import Server
@@ -66,7 +66,7 @@ class RelayClient:
             except OSError as error:  # no file descriptor is left
                 message = f"The messenger cannot connect to the gateway: {error}."
                 raise Overloaded(
-                    refusal(BadRequest(message, status=503, code="overloaded"), request.path)
+                    refusal(ErrorResponse(message, status=503, code="overloaded"), request.path)
                 ) from None
             try:
                 answer = await exchange.answer
@@ -142,7 +142,7 @@ class _Exchange(asyncio.Protocol):
 
     def _fail(self, message: str, code: str) -> None:
         if not self.answer.done():
-            self.answer.set_result(refusal(BadRequest(message, status=502, code=code)))
+            self.answer.set_result(refusal(ErrorResponse(message, status=502, code=code)))
 
     # called by the parser
 

@@ -34,7 +34,7 @@ from kubeai.messenger.in_hand import InHand, Phase, Send, Shared, Turns
 from kubeai.messenger.message import NULL, Answer, refusal, write_response
 from kubeai.messenger.operation import close_quietly, operate
 from kubeai.messenger.publisher import RECONNECT_FIRST_S, Publisher
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.routing.channel import StreamReport
 
 log = get_logger(__name__)
@@ -341,7 +341,7 @@ class Stream:
                 replaced = True
                 problem = f"The response has {len(body)} bytes and cannot be published: {error}"
                 answer = refusal(
-                    BadRequest(problem, status=500, code="response_too_large"), message.path
+                    ErrorResponse(problem, status=500, code="response_too_large"), message.path
                 )
             else:
                 return

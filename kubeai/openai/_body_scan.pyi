@@ -68,9 +68,9 @@ class InferenceRequest:
     def output_tokens(self) -> int:
         """How many tokens the response may have, as the body limits it; -1: it does not.
 
-        The members ``max_tokens``, ``max_completion_tokens`` and ``max_output_tokens``, and Ollama's
-        ``options.num_predict``, of several the largest, times ``n``. Values that are no positive
-        whole numbers count as missing.
+        The members ``max_tokens``, ``max_completion_tokens`` and ``max_output_tokens``, and
+        Ollama's ``options.num_predict``, of several the largest, times ``n``. Values that are no
+        positive whole numbers count as missing.
         """
     def key(self, prefix_char_length: int) -> int:
         """The 64-bit key of the request on the ring; the same in every process and release.
@@ -85,10 +85,10 @@ class InferenceRequest:
         """The body with the value of ``model`` replaced (JSON); all other bytes are unchanged."""
 
 def read(shape: Shape, body: bytes) -> InferenceRequest:
-    """Parse a body of this shape. Raises BadRequest if it is invalid or ambiguous.
+    """Parse a body of this shape. Raises ErrorResponse if it is invalid or ambiguous.
 
     Releases the GIL if the body is large.
     """
 
 def named(kind: Kind, model: str) -> InferenceRequest:
-    """A request whose model is not in a JSON body (but in a form field); BadRequest if empty."""
+    """A request whose model is not in a JSON body (but in a form field); ErrorResponse if empty."""

@@ -27,7 +27,7 @@ from kubeai.openai._murmur3 cimport murmur3
 from kubeai.openai._output cimport asked_tokens, note_asked
 
 from msgspec.json import decode, encode
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 
 cdef enum:
     KEYS_MAX_COUNT = 1000  # at the top level
@@ -263,9 +263,9 @@ cdef class InferenceRequest:
             try:
                 self.body.decode()
             except UnicodeDecodeError as error:
-                return BadRequest(f"The body is not valid UTF-8 (byte {error.start}).")
+                return ErrorResponse(f"The body is not valid UTF-8 (byte {error.start}).")
         message, param = FAULTS[<int> self.fault]
-        return BadRequest(
+        return ErrorResponse(
             message.format(
                 at=self.fault_at - self.begin,
                 key=self.fault_key[:5].decode() if self.fault == MODEL_CASE else None,
@@ -348,7 +348,7 @@ cdef class InferenceRequest:
                     content.after = at
                     if value[0] == c"[":
                         self.has_parts = True
-                elif is_word(&key, b"output", 6) and value[0] != c'"':  # a tool's, may have an image
+                elif is_word(&key, b"output", 6) and value[0] != c'"':  # a tool's, may have images
                     self.has_parts = True
                 elif is_word(&key, b"images", 6):  # Ollama's
                     self.has_parts = True
@@ -572,7 +572,7 @@ cdef InferenceRequest scan(Shape shape, bytes body):
 
 
 def read(Shape shape not None, bytes body not None):
-    """Like ``scan``, but raises BadRequest if the body is rejected."""
+    """Like ``scan``, but raises ErrorResponse if the body is rejected."""
     cdef InferenceRequest request = request_of(shape, body)
     cdef bint accepted
     if request._is_large():
@@ -589,7 +589,7 @@ def read(Shape shape not None, bytes body not None):
 def named(kind, str model not None):
     """See the stub."""
     if not model:
-        raise BadRequest(*FAULTS[<int> MODEL_MISSING])
+        raise ErrorResponse(*FAULTS[<int> MODEL_MISSING])
     cdef InferenceRequest request = new_request(kind, b"")
     name, separator, adapter = model.partition("_")
     request.model = request.target = model

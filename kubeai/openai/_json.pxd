@@ -11,7 +11,7 @@ from libc.string cimport memcmp, memcpy
 cdef enum:
     DEPTH_MAX_COUNT = 980  # of a value's lists and objects
     TOKEN_MAX_BYTES = 24  # of a token id with the spaces around it
-    # Longer than any name that is looked for: of a longer text with escapes, only the start is read.
+    # Longer than any name that is looked for: only the start of a longer text with escapes is read.
     WORD_MAX_CHARS = 24
 
 cdef extern from *:

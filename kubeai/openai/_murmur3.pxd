@@ -24,8 +24,12 @@ cdef extern from *:
         x = (x ^ x >> 33) * 0xc4ceb9fe1a85ec53u;
         return x ^ x >> 33;
     }
-    static inline uint64_t kb_mix_first(uint64_t word) { return kb_rotl(word * KB_C1, 31) * KB_C2; }
-    static inline uint64_t kb_mix_second(uint64_t word) { return kb_rotl(word * KB_C2, 33) * KB_C1; }
+    static inline uint64_t kb_mix_first(uint64_t word) {
+        return kb_rotl(word * KB_C1, 31) * KB_C2;
+    }
+    static inline uint64_t kb_mix_second(uint64_t word) {
+        return kb_rotl(word * KB_C2, 33) * KB_C1;
+    }
 
     static uint64_t kb_murmur3(const char *at, size_t size) {
         uint64_t one = 0, two = 0, words[2];

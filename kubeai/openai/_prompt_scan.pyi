@@ -9,5 +9,6 @@ def prompt_of(picker: Picker, request: InferenceRequest, complete: bool = False)
 
     Under LeastLoad only the length, under PrefixHash the hash key and the blocks, under PrefixCache
     the blocks. An upload, and a request for which an engine computes no prompt, has an empty prompt
-    without a key. ``complete``: the hash key and the blocks under each strategy, for the access log.
+    without a key. ``complete``: the hash key and the blocks under each strategy, for the access
+    log.
     """

@@ -9,8 +9,8 @@ The first samples end with the tools and with the system text outside the conver
 follow lie in the conversation, as ``_prompt`` says. Each hash covers all before it, beginning with
 the model's name and that of its adapter, because adapters share no cached blocks.
 
-Tokens are estimated from bytes, with the picker's ``tokens_per_byte``. An image or another file in a
-message counts as ``FILE_TOKENS``, whatever its size.
+Tokens are estimated from bytes, with the picker's ``tokens_per_byte``. An image or another file in
+a message counts as ``FILE_TOKENS``, whatever its size.
 """
 
 from cpython.bytes cimport PyBytes_GET_SIZE
@@ -41,7 +41,8 @@ cdef extern from *:
         return word;
     }
     /* Hashes a text after what ``hash`` covers, 64 bytes at a time in four chains that the CPU
-       computes side by side. Not cryptographic: see docs/explain/routing.md for what a collision does. */
+       computes side by side. Not cryptographic: see docs/explain/routing.md for what a collision
+       does. */
     static inline uint64_t kb_hash(uint64_t hash, const char *at, size_t size) {
         const uint64_t k0 = 0x9E3779B97F4A7C15u, k1 = 0xBF58476D1CE4E5B9u;
         const uint64_t k2 = 0x94D049BB133111EBu, k3 = 0xD6E8FEB86659FD93u;
@@ -92,7 +93,9 @@ cdef bint is_file(const Word *key) noexcept nogil:
     )
 
 
-cdef void find_files(Files *files, const char *at, const char *after, const char *end) noexcept nogil:
+cdef void find_files(
+    Files *files, const char *at, const char *after, const char *end
+) noexcept nogil:
     """Find the files in a value that has been validated."""
     cdef const char *next
     cdef bint escaped
@@ -129,7 +132,9 @@ cdef inline uint32_t text_tokens(double tokens_per_byte, int64_t text_bytes) noe
     return <uint32_t> min(<int64_t> (tokens_per_byte * <double> text_bytes), <int64_t> TOKENS_MAX)
 
 
-cdef uint32_t tokens_of(Length *length, const Files *files, const char *begin, int64_t size) noexcept:
+cdef uint32_t tokens_of(
+    Length *length, const Files *files, const char *begin, int64_t size
+) noexcept:
     """The tokens in the first ``size`` bytes. Sizes must not fall from call to call."""
     while length.files_n < files.n and files.places[length.files_n].after <= begin + size:
         length.file_bytes += size_of(&files.places[length.files_n])

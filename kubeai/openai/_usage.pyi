@@ -3,5 +3,5 @@
 def usage_in(body: bytes) -> tuple[int | None, int | None, int | None] | None:
     """(prompt, cached, output) tokens in the last bytes of a body; None if it reports none.
 
-    For tests: the gateway calls the compiled function.
+    For tests only: the gateway calls the compiled function.
     """

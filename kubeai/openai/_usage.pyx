@@ -297,8 +297,11 @@ cdef bint find_usage(const char *begin, Py_ssize_t size, Usage *usage) noexcept 
     )
 
 
+# -- for tests -------------------------------------------------------------------------------------
+
+
 def usage_in(bytes body not None):
-    """See the stub."""
+    """See the stub. For tests only."""
     cdef Usage usage
     if not find_usage(body, len(body), &usage):
         return None

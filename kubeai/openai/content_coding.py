@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from kubeai.errors import quoted
-from kubeai.openai.errors import BadRequest, UnsupportedCoding
+from kubeai.openai.errors import ErrorResponse, UnsupportedCoding
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -83,8 +83,9 @@ def compressed_form() -> UnsupportedCoding:
 def decompress(coding: str, body: bytes, max_bytes: int) -> bytes:
     """Decode a body that has a coding returned by :func:`content_coding`.
 
-    BadRequest: 413 if the decoded body is longer than ``max_bytes``, of which no more than one byte
-    beyond the limit is produced; 400 if the body is malformed, truncated, or followed by more data.
+    ErrorResponse 413 if the decoded body is longer than ``max_bytes``, of which no more than one
+    byte beyond the limit is produced; 400 if the body is malformed, truncated, or followed by more
+    data.
     """
     decoder = _DECODERS[coding]()
     try:
@@ -92,7 +93,7 @@ def decompress(coding: str, body: bytes, max_bytes: int) -> bytes:
     except (zlib.error, zstd.ZstdError) as error:
         raise _invalid(coding, f"is malformed: {error}") from None
     if len(decoded) > max_bytes:
-        raise BadRequest(f"The decompressed body is longer than {max_bytes} bytes.", status=413)
+        raise ErrorResponse(f"The decompressed body is longer than {max_bytes} bytes.", status=413)
     if not decoder.eof:
         raise _invalid(coding, "is truncated")
     if decoder.unused_data:
@@ -101,5 +102,5 @@ def decompress(coding: str, body: bytes, max_bytes: int) -> bytes:
     return decoded
 
 
-def _invalid(coding: str, problem: str) -> BadRequest:
-    return BadRequest(f"{HEADER} is {coding}, but the body {problem}.", param=HEADER)
+def _invalid(coding: str, problem: str) -> ErrorResponse:
+    return ErrorResponse(f"{HEADER} is {coding}, but the body {problem}.", param=HEADER)

@@ -37,7 +37,7 @@ _ANTHROPIC_TYPES = {
 }
 
 
-class BadRequest(Exception):
+class ErrorResponse(Exception):
     """An error response by the gateway itself, with ``status`` and ``body()``.
 
     ``kind``: the error's type in OpenAI's format, if the status does not determine it.
@@ -71,7 +71,7 @@ class BadRequest(Exception):
         return error_body(self.message, kind, self.code, self.param)
 
 
-class UnsupportedCoding(BadRequest):
+class UnsupportedCoding(ErrorResponse):
     """415 for a body in a content coding that is not supported (RFC 9110, section 15.5.16)."""
 
     def __init__(self, message: str, accepted: str) -> None:
@@ -106,9 +106,9 @@ def error_body(
     return msgspec.json.encode(OpenAIError(detail))
 
 
-def model_not_found(model: str) -> BadRequest:
+def model_not_found(model: str) -> ErrorResponse:
     """The same 404 for a missing model, a missing adapter and a selector that does not match."""
-    return BadRequest(
+    return ErrorResponse(
         f"The model {quoted(model)} does not exist or you do not have access to it.",
         param="model",
         status=404,
@@ -146,7 +146,7 @@ def error_format(path: str) -> type[OpenAIError | AnthropicError | OllamaError]:
 
 
 def error_answer(
-    error: BadRequest, target: str, request_id: str | None
+    error: ErrorResponse, target: str, request_id: str | None
 ) -> tuple[bytes, dict[str, str]]:
     """The JSON body of an error response, and its additional headers.
 
@@ -179,7 +179,7 @@ def openai_type(status: int) -> str:
     return "invalid_request_error" if status < 500 else "server_error"
 
 
-def _anthropic_body(error: BadRequest, request_id: str | None) -> bytes:
+def _anthropic_body(error: ErrorResponse, request_id: str | None) -> bytes:
     detail = AnthropicErrorDetail(anthropic_type(error.status), _sendable(error.message))
     return msgspec.json.encode(AnthropicError(detail, request_id))
 
@@ -196,7 +196,7 @@ class _ResponsesError(msgspec.Struct, tag="error"):
     sequence_number: int = 0
 
 
-def error_event(error: BadRequest, kind: Kind, request_id: str | None) -> bytes:
+def error_event(error: ErrorResponse, kind: Kind, request_id: str | None) -> bytes:
     """The error as the last server-sent event of a response to a request of this kind."""
     if kind is Kind.MESSAGES:
         return b"event: error\ndata: " + _anthropic_body(error, request_id) + b"\n\n"
@@ -206,7 +206,7 @@ def error_event(error: BadRequest, kind: Kind, request_id: str | None) -> bytes:
     return b"data: " + error.body() + b"\n\n"
 
 
-def engine_error(status: int, content_type: str, body: bytes) -> BadRequest:
+def engine_error(status: int, content_type: str, body: bytes) -> ErrorResponse:
     """The error event's content for an engine's response that is not an event stream.
 
     The engine's own message, type and code if its body has them, in either API's format or in one
@@ -215,7 +215,7 @@ def engine_error(status: int, content_type: str, body: bytes) -> BadRequest:
     if status < 300:
         shown = quoted(content_type or "no type")
         message = f"The engine did not send an event stream, but {shown}."
-        return BadRequest(message, status=502, code="bad_gateway")
+        return ErrorResponse(message, status=502, code="bad_gateway")
     detail: Any = body.decode("utf-8", "replace")[:ENGINE_TEXT_MAX_CHARS].strip()
     with contextlib.suppress(msgspec.DecodeError, RecursionError):
         detail = msgspec.json.decode(body)
@@ -225,7 +225,7 @@ def engine_error(status: int, content_type: str, body: bytes) -> BadRequest:
     said = found.get("message")
     if not isinstance(said, str) or not said:
         said = f"The engine responded with status {status}."
-    return BadRequest(
+    return ErrorResponse(
         said,
         _text(found.get("param")),
         status,
@@ -248,7 +248,7 @@ def relay_error(
     status: int, message: str, target: bytes, request_id: str | None
 ) -> tuple[bytes, bytes]:
     """Like :func:`error_answer`, for the relay's own errors: (body, header lines)."""
-    error = BadRequest(message, status=status)
+    error = ErrorResponse(message, status=status)
     body, headers = error_answer(error, target.decode("latin-1"), request_id)
     return body, header_lines(headers)
 

@@ -27,7 +27,7 @@ from kubeai.errors import quoted
 from kubeai.openai import _body_scan
 from kubeai.openai._body_scan import LARGE_BYTES, InferenceRequest, Shape, named
 from kubeai.openai._prompt_scan import prompt_of
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.routes import Kind
 
 __all__ = [
@@ -90,7 +90,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def read(kind: Kind, body: bytes) -> InferenceRequest:
-    """Parse a request's JSON body. BadRequest if it is invalid or ambiguous; see the module."""
+    """Parse a request's JSON body. ErrorResponse if it is invalid or ambiguous; see the module."""
     return _body_scan.read(SHAPES[kind], body)
 
 
@@ -111,9 +111,9 @@ def split_model(model: str) -> tuple[str, str | None]:
 
 
 def parse_selectors(texts: Sequence[str]) -> list[Selector]:
-    """Parse X-Label-Selector headers, which must all match. BadRequest if one is invalid."""
+    """Parse X-Label-Selector headers, which must all match. ErrorResponse if one is invalid."""
     if len(texts) > SELECTORS_MAX_COUNT:
-        raise BadRequest(
+        raise ErrorResponse(
             f"X-Label-Selector is given more than {SELECTORS_MAX_COUNT} times. Join the selectors "
             "by commas.",
             param="X-Label-Selector",
@@ -126,7 +126,7 @@ def _parse_selector(text: str) -> Selector:
     try:
         return label_selector(text)
     except ValueError as error:
-        raise BadRequest(
+        raise ErrorResponse(
             f"X-Label-Selector {quoted(text)} is not a valid label selector: {error}.",
             param="X-Label-Selector",
         ) from None
@@ -135,7 +135,7 @@ def _parse_selector(text: str) -> Selector:
 def parse_max_wait(values: list[bytes]) -> float | None:
     """Parse the X-KubeAI-Max-Wait headers of a request to seconds; None if there is none.
 
-    BadRequest if there are several, or the value is not a duration as in the config.
+    ErrorResponse if there are several, or the value is not a duration as in the config.
     """
     if not values:
         return None
@@ -148,5 +148,7 @@ def parse_max_wait(values: list[bytes]) -> float | None:
     if wait_s < 0:
         problem = problem or "is negative"
     if problem:
-        raise BadRequest(f"X-KubeAI-Max-Wait {quoted(text)} {problem}.", param="X-KubeAI-Max-Wait")
+        raise ErrorResponse(
+            f"X-KubeAI-Max-Wait {quoted(text)} {problem}.", param="X-KubeAI-Max-Wait"
+        )
     return wait_s

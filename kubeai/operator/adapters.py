@@ -29,7 +29,8 @@ from kubeai.kube.resources import PODS
 from kubeai.logs import get_logger
 from kubeai.operator.adapter_steps import AdaptersView, Wanted, steps
 from kubeai.operator.leader import NotLeader, Writes
-from kubeai.operator.pods import MESSAGE_MAX_CHARS, Pod, PodObject
+from kubeai.operator.pod_trouble import MESSAGE_MAX_CHARS
+from kubeai.operator.pods import Pod, PodObject
 from kubeai.podspec import adapters as engine
 
 log = get_logger(__name__)

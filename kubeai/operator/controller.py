@@ -46,11 +46,8 @@ from kubeai.operator.plan import (
     plan,
     template_of,
 )
-from kubeai.operator.pods import (
-    MESSAGE_MAX_CHARS,
-    Pod,
-    Trouble,
-)
+from kubeai.operator.pod_trouble import MESSAGE_MAX_CHARS, Trouble
+from kubeai.operator.pods import Pod
 from kubeai.operator.services import Services
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
 

@@ -82,7 +82,7 @@ class Files:
             if await delete_unchanged(
                 self._kube, CONFIGMAPS, name, self._namespace, uid=self._uids[uid]
             ):
-                log.info("files deleted", config_map=name)
+                log.info("ConfigMap deleted", config_map=name)
         self.forget(uid)
 
     async def _find(self, name: str) -> dict[str, Any]:

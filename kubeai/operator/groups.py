@@ -2,7 +2,7 @@
 
 :func:`compose` turns a set and its pods into the value that plan, routes and status handle like any
 other replica: ready while its leader is, with the leader's address, and in trouble if one of its
-pods is. Used by the store; `kubeai.operator.sets` follows the sets.
+pods is. Used by the store and the operator; `kubeai.operator.sets` follows the sets.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from kubeai.api.config.profiles import size_of
 from kubeai.api.model import POD_MODEL_LABEL, Model
 from kubeai.api.objects import ObjectMeta
 from kubeai.errors import ModelError
+from kubeai.operator.pod_object import seconds
 from kubeai.operator.pods import (
     DRAINING_ANNOTATION,
     HASH_ANNOTATION,
@@ -22,7 +23,6 @@ from kubeai.operator.pods import (
     Pod,
     Trouble,
     owner_of,
-    seconds,
     seconds_of,
 )
 

@@ -155,8 +155,8 @@ class KeyWatch:
                     self._published[name] = key
                 self._publish(name, key)
                 if self.listed:
-                    what = "removed" if key is None else "added" if before is None else "changed"
-                    log.info(f"API key {what}", secret=name)
+                    change = "removed" if key is None else "added" if before is None else "changed"
+                    log.info("API key updated", secret=name, change=change)
             self._note(name, reason, message)
 
     def _verdict(self, name: str, oldest: dict[bytes, str]) -> tuple[ApiKey | None, str, str]:

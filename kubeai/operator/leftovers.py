@@ -33,7 +33,9 @@ async def list_permitted(
     except ApiError as error:
         if error.status != 403:
             raise
-        log.warning(f"cannot list {resource.kind}s; stale ones may remain", error=str(error))
+        log.warning(
+            "cannot list objects; stale ones may remain", kind=resource.kind, error=str(error)
+        )
         return []
     return found
 

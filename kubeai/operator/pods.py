@@ -1,20 +1,13 @@
 """The operator's compact representation of a pod, decoded from the watch.
 
 :class:`PodObject` is the part that is decoded; :class:`Pod` is what the store keeps (about 500
-bytes, so 10,000 pods fit easily). Pure. The store creates Pods; plan, routes and status read them.
-
-A container that exits is in trouble from its first exit until it is ready, or until it has run
-RECOVERED_AFTER_S longer than the run that failed. It is crash looping (`_is_looping`) if it has
-exited twice and the last run was short or never became ready. A crash loop outlasts readiness:
-its trouble ends when a run has lasted RECOVERED_AFTER_S, which is when the kubelet resets its own
-back-off. The reported trouble therefore stays the same while the container waits, runs and exits.
+bytes, so 10,000 pods fit easily), with its :class:`Trouble`. Pure. The store creates Pods; plan,
+routes and status read them.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from datetime import datetime
 from typing import Literal, get_args
 
 import msgspec
@@ -29,6 +22,8 @@ from kubeai.api.model import (
     POD_PORT_ANNOTATION,
 )
 from kubeai.api.objects import ObjectMeta
+from kubeai.operator.pod_object import PodObject, seconds
+from kubeai.operator.pod_trouble import Trouble, trouble_of
 from kubeai.podspec import SERVER_CONTAINER
 from kubeai.podspec.adapters import (
     LABEL_PREFIX,
@@ -44,129 +39,10 @@ from kubeai.podspec.groups import SET_LABEL, WORKER_LABEL
 # it was created by KubeAI in Go, whose hashes are not comparable.
 HASH_ANNOTATION = "kubeai.org/pod-hash"
 PORT_NAME, PORT_DEFAULT = "http", 8000
-MESSAGE_MAX_CHARS = 500
-OUTPUT_MAX_CHARS = 500  # of a container's last lines
-RECOVERED_AFTER_S = 600.0  # of running, after which the kubelet's back-off restarts at 10 s
 
 # What a pod does until it is ready, in order.
 Step = Literal["Pending", "Preparing", "PullingImage", "Initializing", "Loading"]
 STEPS: tuple[Step, ...] = get_args(Step)
-
-# Waiting reasons that are not a trouble, unless they have a message.
-_STARTING = ("", "ContainerCreating", "PodInitializing")
-# Exits caused by the node rather than by the container.
-_NODE_EXITS = ("ContainerStatusUnknown", "KubeletStopped")
-_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # terminal colours and cursor movements
-
-
-class _Part(msgspec.Struct, rename="camel"):
-    pass
-
-
-class _Port(_Part):
-    name: str = ""
-    container_port: int = 0
-
-
-class _Container(_Part):
-    name: str = ""
-    ports: list[_Port] = []
-
-
-class _ConfigMap(_Part):
-    name: str = ""
-
-
-class _Claim(_Part):
-    claim_name: str = ""
-
-
-class _Volume(_Part):
-    config_map: _ConfigMap | None = None
-    persistent_volume_claim: _Claim | None = None
-
-
-class _Spec(_Part):
-    node_name: str = ""
-    restart_policy: str = "Always"
-    containers: list[_Container] = []
-    volumes: list[_Volume] = []
-
-
-class _Condition(_Part):
-    type: str = ""
-    status: str = ""
-    reason: str = ""
-    message: str = ""
-    last_transition_time: datetime | None = None
-
-
-class _Waiting(_Part):
-    reason: str = ""
-    message: str = ""
-
-
-class _Exit(_Part):
-    reason: str = ""
-    message: str = ""
-    exit_code: int = 0
-    started_at: datetime | None = None
-    finished_at: datetime | None = None
-
-    @property
-    def ran_s(self) -> float:
-        """How long the container ran; 0 if unknown."""
-        return max(0.0, seconds(self.finished_at) - seconds(self.started_at))
-
-
-class _Running(_Part):
-    started_at: datetime | None = None
-
-
-class _State(_Part):
-    waiting: _Waiting | None = None
-    running: _Running | None = None
-    terminated: _Exit | None = None
-
-
-class _ContainerStatus(_Part):
-    name: str = ""
-    ready: bool = False
-    started: bool | None = None
-    restart_count: int = 0
-    state: _State = msgspec.field(default_factory=_State)
-    last_state: _State = msgspec.field(default_factory=_State)
-
-
-class _Status(_Part):
-    phase: str = ""
-    reason: str = ""
-    message: str = ""
-    pod_ip: str = msgspec.field(default="", name="podIP")
-    conditions: list[_Condition] = []
-    init_container_statuses: list[_ContainerStatus] = []
-    container_statuses: list[_ContainerStatus] = []
-
-
-class PodObject(msgspec.Struct, rename="camel"):
-    """The part of a Kubernetes Pod that is decoded."""
-
-    metadata: ObjectMeta
-    spec: _Spec = msgspec.field(default_factory=_Spec)
-    status: _Status = msgspec.field(default_factory=_Status)
-
-
-class Trouble(msgspec.Struct, frozen=True):
-    """What is wrong with a pod. ``reason`` is one word."""
-
-    reason: str
-    message: str
-    output: str = ""  # the container's last lines, for cluster operators, not for API clients
-
-    @property
-    def text(self) -> str:
-        """The message and the container's last lines."""
-        return f"{self.message}: {self.output}" if self.output else self.message
 
 
 class Pod(msgspec.Struct, frozen=True, kw_only=True):
@@ -255,7 +131,7 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
     server, loader = containers.get(SERVER_CONTAINER), containers.get(LOADER_CONTAINER)
     restarts = server.restart_count if server is not None else 0
     name = meta.labels.get(POD_MODEL_LABEL, "")
-    trouble, trouble_until_s = _trouble(obj, ready)
+    trouble, trouble_until_s = trouble_of(obj, ready)
     return Pod(
         name=meta.name,
         uid=meta.uid,
@@ -302,11 +178,6 @@ def owner_of(meta: ObjectMeta) -> str:
     return next((one.uid for one in owners if one.kind == "Model" and one.controller), "")
 
 
-def seconds(when: datetime | None) -> float:
-    """A time as Unix time; 0 if there is none."""
-    return when.timestamp() if when is not None else 0.0
-
-
 def seconds_of(text: str | None) -> float:
     """An annotation as a Unix time; an invalid value counts as a time long ago."""
     if text is None:
@@ -350,123 +221,6 @@ def _address(obj: PodObject, override: bool) -> str:
         found = next(ports, None)
         port = str(found.container_port if found is not None else PORT_DEFAULT)
     return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
-
-
-# -- trouble -------------------------------------------------------------------------------------
-
-_NONE: tuple[None, float] = None, math.inf
-
-
-def _trouble(obj: PodObject, ready: bool) -> tuple[Trouble | None, float]:
-    """The pod's trouble, and the Unix time at which it ends if the container keeps running.
-
-    If several containers are in trouble, the one whose trouble lasts longest.
-    """
-    status = obj.status
-    if not ready:
-        trouble = _pod_trouble(status)
-        if trouble is not None:
-            return trouble, math.inf
-    if status.phase in ("Succeeded", "Failed"):
-        return _NONE
-    found = [
-        (trouble, until_s)
-        for container in (*status.init_container_statuses, *status.container_statuses)
-        for trouble, until_s in (_container_trouble(obj, container),)
-        if trouble is not None
-    ]
-    return max(found, key=lambda one: one[1]) if found else _NONE
-
-
-def _pod_trouble(status: _Status) -> Trouble | None:
-    if status.phase == "Failed":
-        return Trouble(_word(status.reason) or "Failed", status.message[:MESSAGE_MAX_CHARS])
-    for condition in status.conditions:
-        if condition.type == "PodScheduled" and condition.status == "False":
-            reason = _word(condition.reason) or "Unschedulable"
-            return Trouble(reason, condition.message[:MESSAGE_MAX_CHARS])
-    return None
-
-
-def _container_trouble(obj: PodObject, container: _ContainerStatus) -> tuple[Trouble | None, float]:
-    waiting = container.state.waiting
-    if waiting is not None and waiting.reason != "CrashLoopBackOff":
-        trouble = _waiting_trouble(container.name, waiting)
-        if trouble is not None:
-            return trouble, math.inf
-    last = _last_exit(obj, container)
-    looping = _is_looping(obj, container, last)
-    if last is None:
-        message = f"container {container.name} keeps exiting; see its logs"
-        return (Trouble("CrashLoopBackOff", message), math.inf) if looping else _NONE
-    if container.ready and not looping:
-        return _NONE
-    until_s = math.inf
-    if container.state.running is not None and container.state.running.started_at is not None:
-        until_s = container.state.running.started_at.timestamp() + RECOVERED_AFTER_S
-        until_s += 0.0 if container.ready else last.ran_s  # it may fail at the same point again
-    return _exit_trouble(container.name, last, looping), until_s
-
-
-def _waiting_trouble(name: str, waiting: _Waiting) -> Trouble | None:
-    if waiting.reason in _STARTING and not waiting.message:
-        return None
-    if waiting.reason in ("ErrImagePull", "ImagePullBackOff"):  # the kubelet alternates them
-        return Trouble("ImagePullBackOff", f"the image of container {name} cannot be pulled")
-    return Trouble(_word(waiting.reason) or "Waiting", waiting.message[:MESSAGE_MAX_CHARS])
-
-
-def _exit_trouble(name: str, last: _Exit, looping: bool) -> Trouble:
-    output = _last_lines(last.message)
-    if last.reason == "OOMKilled":
-        return Trouble("OOMKilled", f"container {name} ran out of memory", output)
-    if looping:  # the kubelet's own message includes the back-off, so it would keep changing
-        reason, message = "CrashLoopBackOff", f"keeps exiting (exit code {last.exit_code})"
-    else:
-        reason = "ContainerExited"
-        message = f"exited (exit code {last.exit_code}) and is restarting"
-    hint = "" if output else "; see its logs"
-    return Trouble(reason, f"container {name} {message}{hint}", output)
-
-
-def _last_exit(obj: PodObject, container: _ContainerStatus) -> _Exit | None:
-    """The container's last exit, if the container itself failed."""
-    last = container.state.terminated or container.last_state.terminated
-    if last is None or last.reason in _NODE_EXITS or obj.metadata.deletion_timestamp is not None:
-        return None
-    may_end = obj.spec.restart_policy != "Always" or container in obj.status.init_container_statuses
-    return None if may_end and last.exit_code == 0 else last
-
-
-def _is_looping(obj: PodObject, container: _ContainerStatus, last: _Exit | None) -> bool:
-    """Whether it has failed at least twice, and the last run was short or never became ready."""
-    waiting = container.state.waiting
-    if waiting is not None and waiting.reason == "CrashLoopBackOff":
-        return True
-    exits = container.restart_count + (container.state.running is None)
-    if last is None or exits < 2:
-        return False
-    if last.ran_s < RECOVERED_AFTER_S:
-        return True
-    # Ready became False when the last run ended if that run was ready, otherwise before it began.
-    since_s = max(
-        (seconds(c.last_transition_time) for c in obj.status.conditions if c.type == "Ready"),
-        default=0.0,
-    )
-    return not container.ready and since_s <= seconds(last.started_at)
-
-
-def _last_lines(message: str) -> str:
-    """The end of a termination message as one line of printable characters."""
-    lines = (" ".join(line.split()) for line in _ESCAPES.sub("", message).splitlines())
-    text = " | ".join(line for line in lines if line)
-    text = "".join(c for c in text if c.isprintable())
-    return text if len(text) <= OUTPUT_MAX_CHARS else "…" + text[1 - OUTPUT_MAX_CHARS :]
-
-
-def _word(reason: str) -> str:
-    """The reason reduced to the characters conditions allow: letters, digits, ``_,:``."""
-    return "".join(c for c in reason if c.isascii() and (c.isalnum() or c in "_,:")).strip("_,:")
 
 
 __all__ = [

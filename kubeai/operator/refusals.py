@@ -22,7 +22,7 @@ from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import EVENTS, JOBS
 from kubeai.logs import get_logger
 from kubeai.operator.cache.plan import Job
-from kubeai.operator.pods import MESSAGE_MAX_CHARS, Trouble
+from kubeai.operator.pod_trouble import MESSAGE_MAX_CHARS, Trouble
 
 log = get_logger(__name__)
 READ_AFTER_S = 5.0

@@ -95,7 +95,7 @@ async def uninstall(kube: Kube, namespace: str, timeout_s: float) -> None:
     logged: set[str] = set()
     while left := await _models(kube, namespace):
         for name in left.keys() - logged:
-            log.info("deleting", model=name)
+            log.info("deleting Model", model=name)
         for name in (name for name, is_deleted in left.items() if not is_deleted):
             await _delete(kube, MODELS, name, namespace)
         logged |= left.keys()
@@ -107,7 +107,7 @@ async def uninstall(kube: Kube, namespace: str, timeout_s: float) -> None:
     for claim in claims:
         name = claim["metadata"]["name"]
         if name.startswith(CLAIM_PREFIX):
-            log.info("deleting", claim=name)
+            log.info("deleting claim", claim=name)
             await _delete(kube, PVCS, name, namespace)
 
 

@@ -256,13 +256,6 @@ class RoutedModel(RoutedFields):
         """Like ``pick`` for a request that has not waited; None also if others wait."""
         return self.picker.pick_new(prompt, adapter, tenant)
 
-    def is_saturated(self, adapter: str | None = None) -> bool:
-        """Whether a new request has to wait although an endpoint can serve it."""
-        if not self.picker.capacity or not self.can_serve(adapter):
-            return False
-        waiting = self._queues.is_waiting(self.route.row, adapter is not None)
-        return waiting or self.is_full(adapter)
-
     def is_full(self, adapter: str | None = None) -> bool:
         """Whether each endpoint that can serve the adapter has reached the capacity."""
         return self.can_serve(adapter) and not self.picker.has_room(adapter)

@@ -220,8 +220,11 @@ class Cluster:
             self._gaps.add(now_s - self._ended_s[number], decoded)
         self._ended_s[number] = now_s
         for sequence in step.advanced:
-            if sequence.produced == 1 and (reservation := sequence.owner.reservation) is not None:  # type: ignore[attr-defined]
-                reservation.prefilled(now_s)
+            if sequence.produced == 1:
+                request = sequence.owner
+                assert isinstance(request, _InFlight)
+                if request.reservation is not None:
+                    request.reservation.prefilled(now_s)
             if sequence.done:
                 self._complete(sequence, now_s)
 

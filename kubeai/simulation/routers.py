@@ -190,15 +190,22 @@ class Replicas(Router):
             share = partial(self._share_loads, at, number)
             _repeat(at, self._random.random() * self._interval_s, self._interval_s, share)
             settle_s = self._interval_s / 4
-            _repeat(at, self._random.random() * settle_s, settle_s, lambda _, r=replica: r.settle())  # type: ignore[misc]
+            _repeat(
+                at,
+                self._random.random() * settle_s,
+                settle_s,
+                lambda _, r=replica: r.settle(),  # type: ignore[misc]
+            )
 
     def _share_loads(self, at: Clock, number: int, now_s: float) -> None:
         loads = self._replicas[number].loads()
         sent = self._replicas[number].take_sent() if self._shares_prompts else []
         for other in self._replicas:
             if other is not self._replicas[number]:
-                arrival_s = now_s + self._network_delay_s
-                at(arrival_s, lambda _, to=other: to.hear(number, loads, sent))  # type: ignore[misc]
+                at(
+                    now_s + self._network_delay_s,
+                    lambda _, to=other: to.hear(number, loads, sent),  # type: ignore[misc]
+                )
 
     @override
     def close(self) -> None:

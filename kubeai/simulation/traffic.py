@@ -20,7 +20,6 @@ import msgspec
 from kubeai.errors import KubeAIError, decode_problem
 from kubeai.simulation import text
 
-Role = Literal["system", "user", "assistant"]
 Message = tuple[str, str]  # role, text
 FILE_MAX_BYTES = 8 << 30
 
@@ -190,11 +189,6 @@ class RandomLengths(msgspec.Struct, frozen=True, kw_only=True):
     def shortest(self) -> int:
         """The length of the shortest input, in tokens."""
         return self.prefix_len + _around(self.input_len, self.input_ratio)[0]
-
-    @property
-    def mean_length(self) -> float:
-        """The mean length of an input, in tokens."""
-        return self.prefix_len + sum(_around(self.input_len, self.input_ratio)) / 2
 
     def lengths(self, seed: int, number: int) -> tuple[int, int]:
         """The lengths of a request's input and output, in tokens; embeddings have no output."""

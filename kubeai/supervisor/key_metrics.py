@@ -1,6 +1,7 @@
 """Metrics of the limits of API keys, read from the key table on each scrape.
 
-Used by metrics.py. A key has series while it exists and something was counted for it.
+Created by the supervisor, read by metrics.py. A key has series while it exists and something was
+counted for it.
 """
 
 from __future__ import annotations

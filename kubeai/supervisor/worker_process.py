@@ -110,7 +110,9 @@ class WorkerProcess:
             if self.stopping:
                 return
             name = "worker" if self._program.module == WORKER else "messenger"
-            log.error(f"{name} died", worker=self.column, pid=self.pid, exit_code=code)
+            log.error(
+                "process died", process=name, worker=self.column, pid=self.pid, exit_code=code
+            )
             await asyncio.sleep(backoff.next_s(loop.time() - started))
             self.restarts += 1
 

@@ -47,7 +47,6 @@ class Account:
     def __init__(self) -> None:
         self.sent: dict[int, Sent] = {}
         self.publications: Counter[int] = Counter()  # attempts, by message
-        self.confirmed = 0
         self.latencies_s: dict[int, float] = {}  # of the first response, by message
         self.duplicates = 0
         self.redelivered = 0  # the same response again, because the reader lost its connection
@@ -142,7 +141,6 @@ class Publisher:
             except BrokerUnavailable:
                 await self._drop(topic)
             else:
-                self._account.confirmed += 1
                 return
 
     async def _open(self) -> Topic:

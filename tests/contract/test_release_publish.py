@@ -20,7 +20,6 @@ from release import charts, checksums, files, image, publish, versions
 from release.errors import ReleaseError
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(300)]
-OLAREG = "github.com/olareg/olareg/cmd/olareg"
 VERSION = versions.parse("1.2.3")
 EPOCH = 1767323045
 ARCHITECTURES = ["amd64", "arm64"]

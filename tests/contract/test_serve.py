@@ -151,7 +151,7 @@ async def test_a_configured_address_of_another_replica_is_followed_and_a_bad_one
         peer = urllib.parse.urlsplit(metrics).netloc
         config = zeros | {"fixedSelfMetricAddrs": ["127.0.0.1:", peer]}
         async with serving(tmp_path, account, namespace, name="kubeai-2", **config) as two:
-            assert two.said("part of the config is ignored")["path"] == "fixedSelfMetricAddrs[0]"
+            assert two.said("ignoring invalid config entry")["path"] == "fixedSelfMetricAddrs[0]"
             await until("the other is heard", lambda: two.said("peer connected"))
             assert two.said("peer connected")["peer"] == peer
 

@@ -242,7 +242,7 @@ async def test_models_that_cannot_run_say_why_and_others_are_served(tmp_path):
             ],
         )
 
-        (machine,) = local.said("machine")
+        (machine,) = local.said("engines found")
         assert "ollama.com" in machine["Ollama"]
         said = await until(
             "the pod has no Ollama", lambda: local.said("pod waits", reason="EngineNotInstalled")

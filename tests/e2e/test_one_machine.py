@@ -65,7 +65,7 @@ def logs(local, name):
 
 
 async def test_two_models_share_a_gpu_and_local_weights(local, tmp_path):
-    (machine,) = local.said("machine")
+    (machine,) = local.said("engines found")
     assert machine["vLLM"] == f"0.10.2  {tmp_path}/env/bin/python3 (--engine-env)"
     assert machine["GPUs"] == "1"
     first, _ = local.said("first request")

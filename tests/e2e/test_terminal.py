@@ -57,8 +57,8 @@ async def test_without_a_terminal_the_log_is_json_lines_and_stdout_is_empty(tmp_
     async with running(tmp_path, model("chat")) as local:
         (worker,) = local.workers()
         os.kill(worker, signal.SIGKILL)
-        await until("the death is logged", lambda: local.said("worker died", pid=worker))
-        assert local.said("model created", name="chat")
+        await until("the death is logged", lambda: local.said("process died", pid=worker))
+        assert local.said("manifest applied", name="chat", outcome="created")
         await local.stop()
         (said,) = local.said("stopping")
         assert said["drain_max_s"] == 5.0

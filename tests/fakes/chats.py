@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from fakes.wire import Message, Wire, answer, post, says
+from fakes.wire import Message, Wire, answer, post
 
 CHAT = "/openai/v1/chat/completions"
 
@@ -19,10 +19,6 @@ async def error_of(wire: Wire, status: int) -> dict:
     error = json.loads(answered.body)["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
-
-
-def naming(name: str):
-    return says(name.encode())
 
 
 def failing(status: int):

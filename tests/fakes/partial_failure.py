@@ -21,7 +21,7 @@ from kubeai._prompt import Prompt
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.health import Health
 from kubeai.gateway.retries import NO_ANSWER, Retries, RetryBudget
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
 from kubeai.routing.table import RoutedModel, RoutingTable
@@ -206,7 +206,7 @@ class Cluster:
                     or retries.elsewhere(routed, Prompt(), None)
                     or await retries.later(routed, Prompt(), None)
                 )
-        except BadRequest:
+        except ErrorResponse:
             status = 503
         admission.count("2xx" if status == 200 else "5xx")
         admission.close()

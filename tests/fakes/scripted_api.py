@@ -41,7 +41,6 @@ class ScriptedApi:
         self.messages = []  # of an exec, before the server ends the connection
         self.silent = False  # if true, it does not end the connection
         self.left = asyncio.Event()  # set when the client of an exec disconnects
-        self.open_watches = 0
         self.done = asyncio.Event()
         self.again = asyncio.Event()  # set when the last watch of the script is open
 

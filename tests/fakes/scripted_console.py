@@ -23,7 +23,7 @@ import kubeai
 from kubeai._keys import Key
 from kubeai.api.usage import KeyUsage, encode_usage
 from kubeai.gateway import login
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.routing.keys import KeyRecord
 from kubeai.supervisor.console.usage import table_of
 
@@ -254,7 +254,7 @@ class ScriptedConsole:
 
     def _find_key(self, credential: bytes, _: str) -> Key:
         if credential.decode() != self.admins_key:
-            raise BadRequest("The API key is not valid.", status=401)
+            raise ErrorResponse("The API key is not valid.", status=401)
         return Key(KeyRecord("admin", b"", "admin", is_admin=True))
 
     # -- the page and its API --------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from json_oracle import hash_key, parse
 
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.request import SHAPES, InferenceRequest, read
 from kubeai.openai.routes import Kind
 
@@ -108,14 +108,14 @@ bodies = st.one_of(
 def judge(kind: Kind, body: bytes) -> None:
     try:
         request = read(kind, body)
-    except BadRequest as error:
+    except ErrorResponse as error:
         refusal = error
     else:
         refusal = None
     if refusal is not None:
         assert refusal.status == 400
         assert "error" in json.loads(refusal.body())
-        with pytest.raises(BadRequest):
+        with pytest.raises(ErrorResponse):
             parse(kind, body)
         return
     expected = parse(kind, body)

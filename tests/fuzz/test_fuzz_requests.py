@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from json_oracle import replace_model
 
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 
 STORED = corpus("requests")
 
@@ -280,7 +280,7 @@ def judge_sent(machine: Machine, where: str, sent: bytes) -> None:
 def adapted(bodies: list[bytes]) -> Iterator[bytes]:
     """What an engine gets of the bodies that ask for the adapter; some cannot be read."""
     for body in bodies:
-        with contextlib.suppress(BadRequest):
+        with contextlib.suppress(ErrorResponse):
             yield replace_model(body, "x")
 
 

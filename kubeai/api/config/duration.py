@@ -1,4 +1,4 @@
-"""Parses and formats Go's durations (``1m30s``, ``250ms``) as seconds."""
+"""Parses Go's durations (``1m30s``, ``250ms``) to seconds."""
 
 from __future__ import annotations
 
@@ -61,30 +61,3 @@ def _part_ns(text: str, match: re.Match[str]) -> int:
     scale = _UNITS[unit]
     divisor: int = 10 ** len(fraction)
     return int(whole or 0) * scale + int(fraction or 0) * scale // divisor
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds as Go does: ``90`` is ``1m30s``, ``0.25`` is ``250ms``."""
-    ns = round(seconds * 1e9)
-    if ns == 0:
-        return "0s"
-    sign, ns = ("-", -ns) if ns < 0 else ("", ns)
-    for unit, scale in (("ns", 1), ("µs", 1_000), ("ms", 1_000_000)):
-        if ns < scale * 1_000:
-            return f"{sign}{_decimal(ns, scale)}{unit}"
-    minutes, remainder = divmod(ns, _UNITS["m"])
-    hours, minutes = divmod(minutes, 60)
-    text = f"{_decimal(remainder, _UNITS['s'])}s"
-    if hours or minutes:
-        text = f"{minutes}m{text}"
-    if hours:
-        text = f"{hours}h{text}"
-    return sign + text
-
-
-def _decimal(value: int, scale: int) -> str:
-    whole, remainder = divmod(value, scale)
-    if not remainder:
-        return str(whole)
-    digits = len(str(scale)) - 1
-    return f"{whole}.{remainder:0{digits}d}".rstrip("0")

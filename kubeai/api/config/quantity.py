@@ -1,8 +1,9 @@
 """Exact Kubernetes quantities (``500m``, ``1.5Gi``, ``2e3``), formatted as Kubernetes does.
 
-Used to multiply a resource profile by its count, and to read sizes in the system config. The
-canonical form follows apimachinery's resource.Quantity: no precision is lost, there are no
-fractional digits, and the suffix is the largest for which both hold.
+Used to multiply a resource profile by its count, to read sizes in the system config, and by the
+embedded API and the kubelet for the quantities of pods. The canonical form follows apimachinery's
+resource.Quantity: no precision is lost, there are no fractional digits, and the suffix is the
+largest for which both hold.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "
 _BINARY_SUFFIX = {power: suffix for suffix, power in _BINARY.items()} | {0: ""}
 _DECIMAL_SUFFIX = {exponent: suffix for suffix, exponent in _DECIMAL.items()}
 _QUANTITY = re.compile(
-    r"(?P<number>[+-]?(?:\d+(?:\.\d*)?|\.\d+))(?:[eE](?P<exponent>[+-]?\d{1,3})|(?P<suffix>[a-zA-Z]*))",
+    r"(?P<number>[+-]?(?:\d+(?:\.\d*)?|\.\d+))"
+    r"(?:[eE](?P<exponent>[+-]?\d{1,3})|(?P<suffix>[a-zA-Z]*))",
     re.ASCII,
 )
 

@@ -10,7 +10,8 @@ type (``0``, ``0s``, ``""``, ``{}``, ``[]``), because Go programs write those fo
 zero is a meaningful value, the Meta has ``{"zero": True}``. For booleans, quantities and optional
 fields zero is always meaningful.
 
-Called by `kubeai.api.config.system`, and by `kubeai local` to find duplicate keys in manifests.
+Called by `kubeai.api.config.system`, and by `kubeai local` and the console to find duplicate keys
+in manifests.
 """
 
 from __future__ import annotations

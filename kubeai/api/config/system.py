@@ -475,7 +475,7 @@ def _without_unusable(config: SystemConfig) -> SystemConfig:
 
 
 def _warn_ignored(problem: ConfigError) -> None:
-    log.warning("part of the config is ignored", path=problem.path, error=str(problem))
+    log.warning("ignoring invalid config entry", path=problem.path, error=str(problem))
 
 
 def _check_leader_election(lease: LeaderElection) -> None:

@@ -94,7 +94,8 @@ class PubSub(Broker):
         if not match:
             raise url.error(
                 "is not gcppubsub://projects/PROJECT/topics/TOPIC, "
-                "gcppubsub://projects/PROJECT/subscriptions/SUBSCRIPTION, or gcppubsub://PROJECT/NAME"
+                "gcppubsub://projects/PROJECT/subscriptions/SUBSCRIPTION, "
+                "or gcppubsub://PROJECT/NAME"
             )
         self._project, self._kind = match[1] or match[4], match[2]
         self._name = match[3] or match[5]

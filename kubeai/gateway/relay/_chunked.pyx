@@ -167,12 +167,13 @@ cdef Py_ssize_t whole_chunk(const char *data, Py_ssize_t size) noexcept:
     return at + 2 if data[size - 2] == c"\r" and data[size - 1] == c"\n" else 0
 
 
+# -- for tests -------------------------------------------------------------------------------------
+
+
 def unchunk(*pieces):
     """Parse a chunked body given in pieces. Returns the data, the bytes used, and if it ended.
 
-    ValueError if it is malformed.
-
-    For tests and fuzzers only: the relay itself never joins pieces.
+    ValueError if it is malformed. For tests only: the relay itself never joins pieces.
     """
     cdef Chunks chunks
     cdef Text into

@@ -1,16 +1,17 @@
 # cython: language_level=3, nonecheck=True
 """Replaces the model's name in a response: the one that an engine knows by the one a client used.
 
-An engine knows an adapter by its own name, and its clients as ``<model>_<adapter>``. The body of the
-response is passed on as it comes, byte for byte, except for the values of
+An engine knows an adapter by its own name, and its clients as ``<model>_<adapter>``. The body of
+the response is passed on as it comes, byte for byte, except for the values of
 
-- ``model`` at the top level of JSON, of each line of newline-delimited JSON, and of the data of each
-  server-sent event (OpenAI's APIs);
+- ``model`` at the top level of JSON, of each line of newline-delimited JSON, and of the data of
+  each server-sent event (OpenAI's APIs);
 - ``model`` in the top-level member ``response`` (OpenAI's Responses API) or ``message``
   (Anthropic's) of an event's data,
 
-where they are equal to the old name. Quotes in a JSON string are escaped, so no content can pass for
-one of these. Keys and values that are written with escapes are not recognised; engines write none.
+where they are equal to the old name. Quotes in a JSON string are escaped, so no content can pass
+for one of these. Keys and values that are written with escapes are not recognised; engines write
+none.
 
 Sans I/O. Text may be split anywhere; only the old name's first bytes are held back, so memory is
 bounded by a piece's size. About 2 ns per byte, and none once a JSON body's model has been replaced.
@@ -225,6 +226,9 @@ cdef class Renaming:
         self.matched += 1
         if self.keys == 0:
             self.mode = STRING_ESCAPE if c == c"\\" else STRING
+
+
+# -- for tests -------------------------------------------------------------------------------------
 
 
 def rename(bytes old not None, bytes new not None, bint is_events, bint is_single, *pieces):

@@ -1,4 +1,4 @@
-"""Declarations of ``_body.pyx``."""
+"""Declarations of ``_request_body.pyx``."""
 
 from libc.stdint cimport int64_t
 

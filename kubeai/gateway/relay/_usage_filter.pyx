@@ -251,6 +251,9 @@ cdef class UsageFilter:
         return True
 
 
+# -- for tests -------------------------------------------------------------------------------------
+
+
 def without_usage(bint keeps_null, *pieces):
     """What is sent for each piece of a body. For tests only."""
     cdef UsageFilter usage_filter = UsageFilter(keeps_null)

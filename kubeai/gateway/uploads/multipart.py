@@ -33,7 +33,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from kubeai.errors import QUOTED_MAX_CHARS
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 
 BOUNDARY_MAX_BYTES = 256  # python-multipart's limit; RFC 2046 has 70
 PREAMBLE_MAX_BYTES = 8 << 10
@@ -73,10 +73,10 @@ Event = Part | Content | End
 
 
 def boundary_of(content_type: str) -> bytes:
-    """The boundary in a Content-Type; BadRequest if that is not a valid multipart/form-data."""
+    """The boundary in a Content-Type; ErrorResponse if that is not a valid multipart/form-data."""
     kind, separator, rest = content_type.partition(";")
     if kind.strip().lower() != "multipart/form-data":
-        raise BadRequest("The Content-Type must be multipart/form-data.")
+        raise ErrorResponse("The Content-Type must be multipart/form-data.")
     parameters = _parameters(separator + rest)
     boundary = None if parameters is None else _only(parameters, "boundary")
     if (
@@ -86,7 +86,7 @@ def boundary_of(content_type: str) -> bytes:
         or not 0 < len(boundary) <= BOUNDARY_MAX_BYTES
         or parse_options_header(content_type)[1].get(b"boundary") != boundary.encode()
     ):
-        raise BadRequest(
+        raise ErrorResponse(
             "The Content-Type must have one boundary of 1 to"
             f" {BOUNDARY_MAX_BYTES} printable ASCII characters."
         )
@@ -144,7 +144,7 @@ class Splitter:
     def feed(self, data: bytes) -> list[Event]:
         """Parse the next bytes of the body and return their events.
 
-        BadRequest if the form is malformed; the message names the part.
+        ErrorResponse if the form is malformed; the message names the part.
         """
         if self._preamble is not None:
             data = self._skip_preamble(self._preamble, data)
@@ -156,7 +156,7 @@ class Splitter:
         return events
 
     def finish(self) -> None:
-        """Call at the end of the body; BadRequest unless there was a closing delimiter."""
+        """Call at the end of the body; ErrorResponse unless there was a closing delimiter."""
         if not self._ended:
             raise self._bad("the closing boundary is missing")
 
@@ -234,9 +234,9 @@ class Splitter:
         self._ended = True
         self._events.append(End())
 
-    def _bad(self, problem: str) -> BadRequest:
+    def _bad(self, problem: str) -> ErrorResponse:
         param = self._name or None
-        return BadRequest(f"The multipart form is malformed, {self.place}: {problem}.", param)
+        return ErrorResponse(f"The multipart form is malformed, {self.place}: {problem}.", param)
 
 
 class _Disposition(NamedTuple):

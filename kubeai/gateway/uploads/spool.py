@@ -16,7 +16,7 @@ from typing import IO
 from kubeai.gateway.context import Context
 from kubeai.gateway.uploads.multipart import Content, Part, Splitter, form_type, new_boundary
 from kubeai.logs import get_logger
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 
 log = get_logger(__name__)
 
@@ -28,10 +28,10 @@ READ_BYTES = 256 << 10
 PARSED_AT_ONCE_BYTES = 32 << 10
 
 
-def no_room(reason: str) -> BadRequest:
+def no_room(reason: str) -> ErrorResponse:
     """The error of an upload for which there is no space; logs the reason."""
     log.warning("cannot spool upload", reason=reason)
-    return BadRequest("Too many uploads in progress.", status=503, code="overloaded")
+    return ErrorResponse("Too many uploads in progress.", status=503, code="overloaded")
 
 
 class SpooledForm:
@@ -64,7 +64,7 @@ class SpooledForm:
         try:
             return (self._model or b"").decode()
         except UnicodeDecodeError:
-            raise BadRequest("'model' is not valid UTF-8.", "model") from None
+            raise ErrorResponse("'model' is not valid UTF-8.", "model") from None
 
     @property
     def content_type(self) -> str:
@@ -72,7 +72,7 @@ class SpooledForm:
         return form_type(self._boundary)
 
     async def feed(self, data: bytes) -> None:
-        """Add the next bytes of the received body; BadRequest if they are malformed or too many."""
+        """Add the next bytes of the received body; ErrorResponse if malformed or too many."""
         if not self._context.spool(len(data)):
             raise no_room("gateway.spoolMaxBytes is used up")
         self.received_bytes += len(data)
@@ -95,10 +95,10 @@ class SpooledForm:
                 self._begin(event)
 
     def finish(self) -> None:
-        """Call at the end of the body; BadRequest if the form is incomplete."""
+        """Call at the end of the body; ErrorResponse if the form is incomplete."""
         self._splitter.finish()
         if self._model is None:
-            raise BadRequest("You must provide a model parameter.", "model")
+            raise ErrorResponse("You must provide a model parameter.", "model")
 
     def pieces(self, model: str | None) -> tuple[bytes, bytes]:
         """(the ``model`` part, the closing delimiter) to send; the part is empty for None."""
@@ -133,7 +133,7 @@ class SpooledForm:
             self._write(self._head(part.head))
             return
         if self._model is not None:
-            raise BadRequest("The form has several parts named 'model'.", "model")
+            raise ErrorResponse("The form has several parts named 'model'.", "model")
         self._model = bytearray()
         self._model_at = self._written_bytes
 
@@ -144,7 +144,7 @@ class SpooledForm:
         assert self._model is not None
         self._model += data
         if len(self._model) > MODEL_MAX_BYTES:
-            raise BadRequest(f"'model' is longer than {MODEL_MAX_BYTES} bytes.", "model")
+            raise ErrorResponse(f"'model' is longer than {MODEL_MAX_BYTES} bytes.", "model")
 
     def _head(self, head: bytes) -> bytes:
         return b"--" + self._boundary + b"\r\n" + head + b"\r\n\r\n"

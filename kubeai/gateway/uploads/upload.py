@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from kubeai.gateway.uploads.multipart import boundary_of
 from kubeai.gateway.uploads.spool import SpooledForm, no_room
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.routes import Kind
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ class Upload:
     """The form of one request; see the module. Call :meth:`close` at its end."""
 
     def __init__(self, exchange: Exchange, context: Context) -> None:
-        """BadRequest if the request's headers rule the form out."""
+        """ErrorResponse if the request's headers rule the form out."""
         types = exchange.headers(b"content-type")
         if len(types) > 1:
-            raise BadRequest("The request has more than one Content-Type.")
+            raise ErrorResponse("The request has more than one Content-Type.")
         boundary = boundary_of(types[0].decode("latin-1") if types else "")
         if not context.has_spool_room(exchange.announced_bytes):
             raise no_room("gateway.spoolMaxBytes is used up")
@@ -69,7 +69,7 @@ class Upload:
         self._ready.set()
 
     async def receive(self) -> None:
-        """Receive and spool the whole form; BadRequest if it is malformed or too long."""
+        """Receive and spool the whole form; ErrorResponse if it is malformed or too long."""
         exchange = self._exchange
         while not exchange.received:
             self._ready.clear()

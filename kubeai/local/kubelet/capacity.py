@@ -2,7 +2,8 @@
 
 Requests are summed up by kube-scheduler's rules. Counted are memory and extended resources, such
 as ``nvidia.com/gpu``. CPUs are not: the processes of a machine share them, and a laptop with fewer
-CPUs than a manifest for a cluster requests is slow, but it works. Called by the binder.
+CPUs than a manifest for a cluster requests is slow, but it works. Called by the binder
+and the agent.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from kubeai.operator.cache.plan import (
 )
 from kubeai.operator.leader import Writes
 from kubeai.operator.leftovers import delete_unchanged
-from kubeai.operator.pods import MESSAGE_MAX_CHARS, Trouble
+from kubeai.operator.pod_trouble import MESSAGE_MAX_CHARS, Trouble
 from kubeai.operator.refusals import Refusals
 from kubeai.podspec import cache as manifests
 

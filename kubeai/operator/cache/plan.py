@@ -16,7 +16,7 @@ import msgspec
 from kubeai.api.config.system import SystemConfig
 from kubeai.api.model import Model
 from kubeai.errors import ModelError
-from kubeai.operator.pods import Trouble
+from kubeai.operator.pod_trouble import Trouble
 from kubeai.podspec import cache as manifests
 
 FINALIZER = "kubeai.org/cache-eviction"

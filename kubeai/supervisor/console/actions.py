@@ -1,5 +1,5 @@
 """What the console does in the Kubernetes API: it reads, scales, applies and deletes Models, and
-follows logs. Errors are :class:`BadRequest`, with the API's message. Called by app.py.
+follows logs. Errors are :class:`ErrorResponse`, with the API's message. Called by app.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kubeai.errors import quoted
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import ACCESS_REVIEWS, MODELS
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.operator.view import ModelView
 from kubeai.supervisor.console.state import Can
 
@@ -187,19 +187,19 @@ def _documents(text: str) -> Iterator[Any]:
         raise _invalid(f"invalid YAML: {error}") from None
 
 
-def _invalid(message: str) -> BadRequest:
-    return BadRequest(message, status=422, code="invalid")
+def _invalid(message: str) -> ErrorResponse:
+    return ErrorResponse(message, status=422, code="invalid")
 
 
-def refusal(error: ApiError, message: str = "") -> BadRequest:
+def refusal(error: ApiError, message: str = "") -> ErrorResponse:
     """The Kubernetes API's error as a response of ours."""
     message = message or str(error)
     if error.status == 404:
-        return BadRequest(message, status=404, code="not_found")
+        return ErrorResponse(message, status=404, code="not_found")
     if error.status == 403:
-        return BadRequest(message, status=403, code="forbidden")
+        return ErrorResponse(message, status=403, code="forbidden")
     if error.status == 409:
-        return BadRequest(message, status=409, code="conflict")
+        return ErrorResponse(message, status=409, code="conflict")
     if 400 <= error.status < 500:
-        return BadRequest(message, status=422, code="invalid")
-    return BadRequest(f"The Kubernetes API failed: {message}", status=502, code="bad_gateway")
+        return ErrorResponse(message, status=422, code="invalid")
+    return ErrorResponse(f"The Kubernetes API failed: {message}", status=502, code="bad_gateway")

@@ -8,12 +8,11 @@ header that no other site can make a browser send, and a body of a type that no 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -21,10 +20,11 @@ from aiohttp import web
 
 import kubeai
 from kubeai.errors import KubeAIError, quoted
+from kubeai.http_errors import error_middleware
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.logs import get_logger
-from kubeai.openai.errors import BadRequest, model_not_found
+from kubeai.openai.errors import ErrorResponse, model_not_found
 from kubeai.operator.view import ModelView
 from kubeai.podspec import SERVER_CONTAINER
 from kubeai.supervisor.console.actions import Actions, refusal
@@ -41,7 +41,6 @@ LOGS_MAX = 16  # that are followed at a time
 LOG_LINES_DEFAULT, LOG_LINES_MAX = 200, 10_000
 HEAD_MAX_BYTES = 64 << 10  # of a request, and of each of its lines
 CHANGE_HEADER = "X-KubeAI-UI"
-CHANGE_TYPES = ("application/json", "application/yaml")
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -158,7 +157,10 @@ class Console:
 
     def make_app(self) -> web.Application:
         """The application, without a server."""
-        app = web.Application(middlewares=[_errors], client_max_size=MANIFESTS_MAX_BYTES)
+        internal = ErrorResponse("Internal error in the supervisor. See its log.", status=500)
+        app = web.Application(
+            middlewares=[error_middleware(_refuse, internal)], client_max_size=MANIFESTS_MAX_BYTES
+        )
         app.on_response_prepare.append(_add_headers)
         add = app.router.add_route
         add("GET", "/ui", _redirect)
@@ -218,12 +220,12 @@ class Console:
         newest = max(view.pods, key=lambda pod: pod.created_s, default=None)
         name = request.query.get("pod") or (newest.name if newest is not None else "")
         if not name:
-            raise BadRequest(f"The Model {quoted(view.name)} has no replica.", status=409)
+            raise ErrorResponse(f"The Model {quoted(view.name)} has no replica.", status=409)
         if name not in pods:
             message = f"The Model {quoted(view.name)} has no replica {quoted(name)}."
-            raise BadRequest(message, status=409)
+            raise ErrorResponse(message, status=409)
         if len(self._logs) >= LOGS_MAX:
-            raise BadRequest(f"More than {LOGS_MAX} logs are followed.", status=503)
+            raise ErrorResponse(f"More than {LOGS_MAX} logs are followed.", status=503)
         task = asyncio.current_task()
         assert task is not None
         self._logs.add(task)
@@ -245,7 +247,7 @@ class Console:
             if response.prepared:  # the API has ended it: so do we
                 return response
             if error.status in (400, 404):  # the container has not started, or the pod is gone
-                raise BadRequest(str(error), status=409) from error
+                raise ErrorResponse(str(error), status=409) from error
             raise refusal(error) from error
         return response
 
@@ -257,9 +259,9 @@ class Console:
         try:
             wanted = msgspec.json.decode(await request.read(), type=_Scale)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise BadRequest(f"Invalid body: {error}.", status=422) from None
+            raise ErrorResponse(f"Invalid body: {error}.", status=422) from None
         if wanted.replicas < 0:
-            raise BadRequest("replicas: must not be negative", status=422)
+            raise ErrorResponse("replicas: must not be negative", status=422)
         await self._actions.scale(view, wanted.replicas)
         log.info("model scaled in the console", model=view.name, replicas=wanted.replicas)
         return _json({"replicas": wanted.replicas})
@@ -269,7 +271,7 @@ class Console:
         try:
             text = (await request.read()).decode()
         except UnicodeDecodeError:
-            raise BadRequest("The manifests are not UTF-8.", status=422) from None
+            raise ErrorResponse("The manifests are not UTF-8.", status=422) from None
         applied = await self._actions.apply(text)
         log.info("models applied in the console", models=applied)
         return _json({"applied": applied})
@@ -283,17 +285,17 @@ class Console:
 
 
 def _check_change(request: web.Request, content_type: str = "") -> None:
-    """BadRequest unless the request comes from the console's page.
+    """ErrorResponse unless the request comes from the console's page.
 
     ``content_type``: the required type of the body, if it has one.
     """
     if request.headers.get(CHANGE_HEADER) != "1":
         message = f"Changes need the header {CHANGE_HEADER}: 1."
-        raise BadRequest(message, status=403, code="missing_header")
+        raise ErrorResponse(message, status=403, code="missing_header")
     if content_type and request.content_type != content_type:
-        raise BadRequest(f"The Content-Type must be {content_type}.", status=415)
+        raise ErrorResponse(f"The Content-Type must be {content_type}.", status=415)
     if request.headers.get("Content-Encoding", "identity") not in ("", "identity"):
-        raise BadRequest(
+        raise ErrorResponse(
             "Compressed bodies are not supported here. Send the body uncompressed.",
             param="Content-Encoding",
             status=415,
@@ -304,7 +306,7 @@ def _lines(text: str) -> int:
     if not text:
         return LOG_LINES_DEFAULT
     if not text.isdecimal():
-        raise BadRequest(f"tail: {quoted(text)} is not a number of lines", status=422)
+        raise ErrorResponse(f"tail: {quoted(text)} is not a number of lines", status=422)
     return min(int(text[:9]), LOG_LINES_MAX)
 
 
@@ -332,27 +334,5 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     response.headers.pop("Server", None)
 
 
-@web.middleware
-async def _errors(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Turn exceptions into the API's errors."""
-    try:
-        return await handler(request)
-    except BadRequest as error:
-        return _refuse(error)
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        return _refuse(BadRequest(error.reason, status=error.status))
-    except ConnectionError:  # the client has left
-        with contextlib.suppress(AttributeError):
-            request.transport.abort()  # type: ignore[union-attr]
-        return web.Response()
-    except Exception:
-        log.exception("console failed", method=request.method, path=request.path)
-        return _refuse(BadRequest("Internal error in the supervisor. See its log.", status=500))
-
-
-def _refuse(error: BadRequest) -> web.Response:
+def _refuse(_: web.Request, error: ErrorResponse) -> web.Response:
     return web.Response(body=error.body(), status=error.status, content_type="application/json")

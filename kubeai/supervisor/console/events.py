@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import web
 
 from kubeai.logs import get_logger
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.supervisor.console.state import State
 from kubeai.supervisor.console.traffic import Traffic
 
@@ -57,9 +57,9 @@ class Hub:
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Serve one stream until the client leaves."""
         if self._closed:
-            raise BadRequest("KubeAI is stopping.", status=503)
+            raise ErrorResponse("KubeAI is stopping.", status=503)
         if self._streams >= STREAMS_MAX:
-            raise BadRequest(f"More than {STREAMS_MAX} clients follow the state.", status=503)
+            raise ErrorResponse(f"More than {STREAMS_MAX} clients follow the state.", status=503)
         self._streams += 1
         try:
             if self._ticker is None:

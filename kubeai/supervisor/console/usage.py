@@ -12,7 +12,7 @@ from kubeai.errors import KubeAIError, quoted
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CONFIGMAPS
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.supervisor.console.actions import refusal
 
 ROWS_MAX_COUNT = 1000  # those with the most tokens; there may be 100,000
@@ -31,9 +31,9 @@ class _ConfigMap(msgspec.Struct):
 
 
 async def read_table(kube: Kube, namespace: str, by: str) -> UsageTable:
-    """The usage by one of GROUPS, or by key and Model (""). BadRequest if it cannot be read."""
+    """The usage by one of GROUPS, or by key and Model (""). ErrorResponse if it cannot be read."""
     if by not in ("", *GROUPS):
-        raise BadRequest(f"by: {quoted(by)} is not one of {', '.join(GROUPS)}", status=422)
+        raise ErrorResponse(f"by: {quoted(by)} is not one of {', '.join(GROUPS)}", status=422)
     try:
         found, _ = await kube.list(CONFIGMAPS, namespace, labels=USAGE_SELECTOR, type=_ConfigMap)
     except ApiError as error:
@@ -41,7 +41,7 @@ async def read_table(kube: Kube, namespace: str, by: str) -> UsageTable:
     try:
         return await asyncio.to_thread(table_of, [each.data or {} for each in found], by)
     except KubeAIError as error:
-        raise BadRequest(str(error), status=500) from None
+        raise ErrorResponse(str(error), status=500) from None
 
 
 def table_of(data: Iterable[Mapping[str, str]], by: str) -> UsageTable:

@@ -36,7 +36,6 @@ log = get_logger(__name__)
 LOADS_PATH = wire.PATH
 METRICS_HEADERS = {wire.MARKER: wire.PATH}  # on every /metrics response, for peers
 PEERS_MAX = 64
-CONNECTED = "peer connected"
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 2.0
 AGE_INTERVAL_S = 1.0
 # Each settling step (see _load) closes a quarter of the gap: a lag of 50 ms, like peers' reports.
@@ -200,7 +199,7 @@ class Peers:
     async def _listen(self, address: str, peer: Peer) -> None:
         assert self._session is not None, "running"
         backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S)
-        logged = ""  # the last log message about this peer, so that retries do not repeat it
+        logged: str | None = ""  # the last error, so that retries do not repeat it; None: connected
         while True:
             fixed = address in self._fixed
             words = listen(self._session, address, self._identity, metrics_first=fixed)
@@ -211,9 +210,9 @@ class Peers:
                         if self._uses is not None:
                             self._uses.take(address, loads.keys, self._clock(), whole=whole)
                         self._note(loads.prompts or ())
-                        if logged != CONNECTED:
-                            logged = CONNECTED
-                            log.info(logged, peer=address)
+                        if logged is not None:
+                            logged = None
+                            log.info("peer connected", peer=address)
                             backoff.reset()
             except OwnIdentity:
                 peer.is_self = True

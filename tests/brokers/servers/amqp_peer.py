@@ -51,7 +51,6 @@ from proton.reactor import ApplicationEvent, Container, EventInjector
 
 PR_SET_PDEATHSIG = 1
 MESSAGE_MAX_BYTES = 1 << 20  # of the premium tier
-BATCH_FORMAT = 0x80013700
 CREDIT = 200
 LOCK_S = 30.0
 TICK_S = 0.1  # between looks for locks that have expired

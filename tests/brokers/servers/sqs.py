@@ -5,10 +5,7 @@ It starts in less than a second on an idle machine. What it proves is in ``moto_
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from brokers.servers import QueueServer
 
@@ -32,15 +29,3 @@ class SqsServer(QueueServer):
     def url(self, queue: str, options: str = "waittime=1s") -> str:
         """The URL of a queue, for requests and for responses."""
         return f"awssqs://sqs.{REGION}.amazonaws.com/{ACCOUNT}/{queue}?region={REGION}&{options}"
-
-
-@asynccontextmanager
-async def running_sqs(*queues: str) -> AsyncIterator[SqsServer]:
-    """A server in a temporary folder."""
-    with TemporaryDirectory() as folder:
-        server = SqsServer(Path(folder), *queues)
-        server.start()
-        try:
-            yield server
-        finally:
-            server.end()

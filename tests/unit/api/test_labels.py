@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kubeai.api.labels import _TOKEN, REQUIREMENTS_MAX_COUNT, label_selector
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.request import SELECTORS_MAX_COUNT, parse_selectors
 
 LABELS = {"env": "prod", "team/x.y": "a", "empty": "", "n": "5"}
@@ -54,7 +54,7 @@ def test_selectors_match_as_in_kubernetes(selector, expected):
     ],
 )  # fmt: skip
 def test_a_bad_selector_is_a_bad_request(selector):
-    with pytest.raises(BadRequest) as caught:
+    with pytest.raises(ErrorResponse) as caught:
         parse_selectors([selector])
     assert (caught.value.status, caught.value.param) == (400, "X-Label-Selector")
 
@@ -68,7 +68,7 @@ def test_a_selector_has_a_limited_number_of_requirements():
 
 def test_a_request_has_a_limited_number_of_selectors():
     assert len(parse_selectors(["a"] * SELECTORS_MAX_COUNT)) == SELECTORS_MAX_COUNT
-    with pytest.raises(BadRequest, match="more than 8 times"):
+    with pytest.raises(ErrorResponse, match="more than 8 times"):
         parse_selectors(["a"] * (SELECTORS_MAX_COUNT + 1))
 
 
@@ -81,5 +81,5 @@ def test_white_space_is_skipped_in_linear_time():
 def test_any_selector_is_evaluated_or_rejected(selector):
     try:
         assert parse_selectors([selector])[0]({"a": "b"}) in (True, False)
-    except BadRequest as error:
+    except ErrorResponse as error:
         assert error.status == 400  # noqa: PT017

@@ -11,7 +11,7 @@ from fakes.wire import Wire, until
 from kubeai.api.config.system import ConsoleConfig
 from kubeai.gateway.console import check_client, is_console
 from kubeai.gateway.local_routes import make_app
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 
 
 class Supervisor:
@@ -155,7 +155,7 @@ async def test_this_machine_and_configured_hosts_are_served(start, supervisor, h
 
 @pytest.mark.parametrize("peer", ["192.0.2.1", "::ffff:192.0.2.1", "fe80::1", "unknown", ""])
 def test_only_loopback_addresses_are_served(peer):
-    with pytest.raises(BadRequest, match="kubectl port-forward") as refused:
+    with pytest.raises(ErrorResponse, match="kubectl port-forward") as refused:
         check_client(peer, "localhost", [], forwarded=False)
     assert refused.value.status == 403
     for loopback in ("127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"):
@@ -163,7 +163,7 @@ def test_only_loopback_addresses_are_served(peer):
 
 
 def test_a_missing_host_is_refused():
-    with pytest.raises(BadRequest) as refused:
+    with pytest.raises(ErrorResponse) as refused:
         check_client("127.0.0.1", None, [], forwarded=False)
     assert refused.value.status == 421
 

@@ -15,7 +15,7 @@ from kubeai._prompt import Prompt
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
 from kubeai.gateway.holding import HoldComments, advice, hold
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.request import named, read
 from kubeai.openai.routes import Kind
 from kubeai.routing.publisher import Publisher
@@ -69,7 +69,7 @@ class Worker:
         waiting = Waiting(Prompt(), ask.adapter)
         try:
             reservation = await hold(self.context, routed, model, waiting, admission)
-        except BadRequest as error:
+        except ErrorResponse as error:
             return error, loop.time() - began_s
         finally:
             admission.close()

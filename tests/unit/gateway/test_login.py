@@ -15,7 +15,7 @@ from yarl import URL
 from kubeai._keys import Key
 from kubeai.gateway import login
 from kubeai.gateway.denials import admin_required
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.routing.keys import KeyRecord
 
 ADMIN, USER, ODD = "sk-admin", "sk-user", 'sk;"odd'
@@ -38,16 +38,16 @@ class Gateway:
     def check(self, credential, address):
         self.checked.append((credential, address))
         if self.limited:
-            raise BadRequest("Too many wrong keys.", status=429, retry_after_s=7)
+            raise ErrorResponse("Too many wrong keys.", status=429, retry_after_s=7)
         if credential not in self.keys:
-            raise BadRequest("This <key> is not valid.", status=401, code="invalid_api_key")
+            raise ErrorResponse("This <key> is not valid.", status=401, code="invalid_api_key")
         if not self.keys[credential].is_admin:
             raise admin_required()
 
     async def answer(self, request):
         try:
             return await login.answer(request, self.check)
-        except BadRequest as error:
+        except ErrorResponse as error:
             return web.Response(body=error.body(), status=error.status)
 
 

@@ -17,7 +17,7 @@ from kubeai.gateway.retries import (
     Retries,
     RetryBudget,
 )
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.routing.routes import Route
 
 
@@ -213,7 +213,7 @@ async def test_beyond_the_budget_the_failure_is_returned_once_all_others_are_dow
     assert retries.wants(status, "a", model)
     other = model.upstreams["b"]
     wait_until(0.05, lambda: other.__dict__.update(is_down=True, is_trusted=False))
-    with capture_logs() as logs, pytest.raises(BadRequest) as caught:
+    with capture_logs() as logs, pytest.raises(ErrorResponse) as caught:
         await retries.later(model, 1, None)
     assert (caught.value.status, caught.value.code) == (becomes, code)
     assert [line["endpoint"] for line in logs if line["log_level"] == "warning"] == ["a"]

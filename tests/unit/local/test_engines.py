@@ -3,15 +3,14 @@
 import os
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
+from fakes.installed_engines import environment, program
 
 from kubeai.errors import KubeAIError
-from kubeai.local import engines
-from kubeai.local.engines import ModelPath, read_engine_envs, survey
-
-NOTHING = "#!/bin/sh\nexit 1\n"
+from kubeai.local import engine_versions, engines
+from kubeai.local.engine_env import read_engine_envs
+from kubeai.local.engines import ModelPath, survey
 
 
 @pytest.fixture(autouse=True)
@@ -20,27 +19,6 @@ def no_other_engines(monkeypatch):
     monkeypatch.setattr(engines, "_module_paths", {})
     monkeypatch.setattr(engines, "_queries", {})
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-
-
-def program(path: Path, content: str = NOTHING) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
-    path.chmod(0o755)
-    return str(path)
-
-
-def environment(folder: Path, module: str, distribution: str, version: str = "1.0") -> Path:
-    """A virtual environment whose Python cannot run, with a package installed in it."""
-    program(folder / "bin" / "python3")
-    (folder / "pyvenv.cfg").write_text("")
-    packages = folder / "lib" / "python3.12" / "site-packages"
-    (packages / module).mkdir(parents=True)
-    (packages / module / "__init__.py").write_text("raise RuntimeError('imported')")
-    info = packages / f"{distribution}-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Name: {distribution}\nVersion: {version}\n")
-    (info / "RECORD").write_text(f"{module}/__init__.py,sha256=x,1\n")
-    return folder
 
 
 def of(found, engine):
@@ -107,7 +85,7 @@ async def test_a_python_on_path_is_asked_for_its_modules(tmp_path):
 
 
 async def test_a_real_python_says_which_modules_it_has(monkeypatch):
-    path = engines._module_path
+    path = engines.find_module_path
     assert await path(sys.executable, "vllm") is None
     monkeypatch.setattr(engines, "_queries", {})  # as if that was a second ago
     monkeypatch.setitem(
@@ -128,7 +106,7 @@ async def test_ollama_reports_its_version_with_and_without_a_server(tmp_path, ou
 
 
 async def test_a_program_that_hangs_is_listed_without_a_version(tmp_path, monkeypatch):
-    monkeypatch.setattr(engines, "REPORT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(engine_versions, "REPORT_TIMEOUT_S", 0.1)
     program(tmp_path / "ollama", "#!/bin/sh\nexec /bin/sleep 600\n")
     one = await listed("OLlama", path=str(tmp_path))
     assert (one.program, one.version) == (str(tmp_path / "ollama"), "")
@@ -205,36 +183,6 @@ async def test_another_program_of_that_name_is_not_taken_for_it(tmp_path, monkey
     (packages / "faster_whisper_server" / "main.py").write_text("")
     engines._queries.clear()
     assert (await listed("FasterWhisper", path=str(tmp_path / "bin"))).program
-
-
-async def test_ollamas_folder_needs_no_python(tmp_path):
-    program(tmp_path / "bin" / "ollama")
-    assert await read_engine_envs([f"OLLAMA={tmp_path}"]) == {"OLlama": tmp_path}
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("VLLM", "must be NAME=DIR"),
-        ("VLLM=", "must be NAME=DIR"),
-        ("VLM={}", "unknown engine 'VLM'; did you mean 'VLLM'"),
-        ("VLLM={}/missing", "/missing is not a directory"),
-        ("VLLM={}", "is not a virtual environment: it has no bin/python3"),
-        ("VLLM={}/other", "vLLM .module vllm. is not installed in .*pip install vllm"),
-        ("Infinity={}/other", "has no program bin/infinity_emb; install it there"),
-        ("OLlama={}", "has no program bin/ollama"),
-    ],
-)
-async def test_a_wrong_environment_is_an_error_that_names_the_option(tmp_path, value, message):
-    environment(tmp_path / "other", "other", "other")
-    with pytest.raises(KubeAIError, match=f"^--engine-env .*{message}"):
-        await read_engine_envs([value.format(tmp_path)])
-
-
-async def test_an_engine_has_one_environment(tmp_path):
-    env = environment(tmp_path / "env", "vllm", "vllm")
-    with pytest.raises(KubeAIError, match=r"--engine-env vllm=.*: VLLM is given twice"):
-        await read_engine_envs([f"VLLM={env}", f"vllm={env}"])
 
 
 async def test_kubeais_own_environment_is_searched(monkeypatch):

@@ -14,7 +14,7 @@ from examples import some
 from kubeai._load import LoadTable
 from kubeai._pick import Picker
 from kubeai._ring import Ring
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.request import LARGE_BYTES, body_for, prompt_of, read
 from kubeai.openai.routes import Kind
 
@@ -104,8 +104,8 @@ def spoiled(draw) -> bytes:
     return bytes(body)
 
 
-def _is_refused_alike(kind: Kind, body: bytes, expected: BadRequest) -> bool:
-    with pytest.raises(BadRequest) as refused:
+def _is_refused_alike(kind: Kind, body: bytes, expected: ErrorResponse) -> bool:
+    with pytest.raises(ErrorResponse) as refused:
         read(kind, body)
     error = refused.value
     assert (error.status, error.param) == (expected.status, expected.param)
@@ -118,9 +118,9 @@ def agrees(kind: Kind, body: bytes) -> bool:
     """Whether the body is accepted; both readers must agree on that and on its meaning."""
     try:
         expected = parse(kind, body)
-    except BadRequest as error:
+    except ErrorResponse as error:
         return not _is_refused_alike(kind, body, error)
-    request = read(kind, body)  # a BadRequest fails the test
+    request = read(kind, body)  # an ErrorResponse fails the test
     json.loads(body.decode())
     assert (request.kind, request.model, request.name, request.adapter, request.stream) == (
         kind, expected.model, expected.name, expected.adapter, expected.stream,
@@ -232,7 +232,7 @@ def test_nesting_is_limited():
         return b'{"x":' + b"[" * depth + b"]" * depth + b',"model":"m"}'
 
     assert read(Kind.CHAT, nested(980)).model == "m"
-    with pytest.raises(BadRequest, match="nested too deeply"):
+    with pytest.raises(ErrorResponse, match="nested too deeply"):
         read(Kind.CHAT, nested(981))
 
 
@@ -277,7 +277,7 @@ def test_several_system_messages_are_accepted(count):
 def test_a_long_name_is_read_from_a_small_body_only(piece):
     body = b'{"model":"%s"%%s}' % (piece * 5000).encode()
     assert agrees(Kind.CHAT, body % b"")
-    with pytest.raises(BadRequest, match="longer than 4096 bytes") as refused:
+    with pytest.raises(ErrorResponse, match="longer than 4096 bytes") as refused:
         read(Kind.CHAT, body % (b',"x":"%s"' % (b"x" * LARGE_BYTES)))
     assert refused.value.param == "model"
 
@@ -330,7 +330,7 @@ def test_other_threads_run_while_a_large_body_is_parsed(end):
     def act() -> None:
         try:
             request = read(Kind.CHAT, body)
-        except BadRequest:
+        except ErrorResponse:
             return
         prompt_of(picker, request)
         body_for(request, body)

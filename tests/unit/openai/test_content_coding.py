@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kubeai.openai.content_coding import ZSTD_WINDOW_LOG_MAX, content_coding, decompress
-from kubeai.openai.errors import BadRequest, UnsupportedCoding
+from kubeai.openai.errors import ErrorResponse, UnsupportedCoding
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -23,8 +23,8 @@ TEXT = b'{"model":"m","messages":[{"role":"user","content":"Hello"}]}' * 20
 LIMIT = 1 << 20
 
 
-def refused(coding: str, body: bytes, max_bytes: int = LIMIT) -> BadRequest:
-    with pytest.raises(BadRequest) as caught:
+def refused(coding: str, body: bytes, max_bytes: int = LIMIT) -> ErrorResponse:
+    with pytest.raises(ErrorResponse) as caught:
         decompress(coding, body, max_bytes)
     return caught.value
 
@@ -166,7 +166,7 @@ def attempt(coding: str, body: bytes, max_bytes: int) -> bytes | None:
     """The decoded body; None if it is refused with 400 or 413."""
     try:
         decoded = decompress(coding, body, max_bytes)
-    except BadRequest as error:
+    except ErrorResponse as error:
         if error.status not in (400, 413):
             raise
         return None

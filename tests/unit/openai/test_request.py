@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from examples import some
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.request import body_for, named, read, split_model
 from kubeai.openai.routes import Kind
 
@@ -22,7 +22,7 @@ def chat(body, kind=Kind.CHAT):
 
 
 def refused(body, kind=Kind.CHAT):
-    with pytest.raises(BadRequest) as caught:
+    with pytest.raises(ErrorResponse) as caught:
         chat(body, kind)
     assert caught.value.status == 400
     return caught.value
@@ -209,7 +209,7 @@ def test_the_gateway_and_a_json_reader_agree_or_the_client_gets_400(body):
     for kind in (Kind.CHAT, Kind.RESPONSES):
         try:
             request = read(kind, body)
-        except BadRequest as error:
+        except ErrorResponse as error:
             assert error.status == 400  # noqa: PT017
             continue
         pairs = json.loads(body, object_pairs_hook=list)

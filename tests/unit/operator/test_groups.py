@@ -224,7 +224,10 @@ async def test_a_set_is_drained_before_it_is_deleted(world):
     (name,) = world.sets()
     world.loads.used.add(name)
     world.apply(replicas=0)
-    annotations = lambda: world.kube.objects["leaderworkersets", name]["metadata"]["annotations"]  # noqa: E731
+
+    def annotations():
+        return world.kube.objects["leaderworkersets", name]["metadata"]["annotations"]
+
     await world.until(lambda: DRAINING_ANNOTATION in annotations())
     await asyncio.sleep(5)
     assert world.sets() == [name]

@@ -106,31 +106,31 @@ def _built_in_schema(kind: str) -> Schema:
     return Schema(known[kind], {name: known[name] for name in sorted(needed)})
 
 
-def _built_in(group: str, version: str, plural: str, kind: str, **rest: Any) -> Resource:
-    return Resource(group, version, plural, kind, schema=_built_in_schema(kind), **rest)
+def _built_in(group: str, plural: str, kind: str, **rest: Any) -> Resource:
+    return Resource(group, "v1", plural, kind, schema=_built_in_schema(kind), **rest)
 
 
 OBJECT_META = _built_in_schema("ObjectMeta")
 _META = ("metadata.name", "metadata.namespace")
 CORE = ""
 CRDS = _built_in(
-    "apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition",
+    "apiextensions.k8s.io", "customresourcedefinitions", "CustomResourceDefinition",
     namespaced=False, short_names=("crd", "crds"), categories=("api-extensions",),
     subresources=("status",), unconditional_update=False, generation=True, selectable=_META,
 )  # fmt: skip
 PODS = _built_in(
-    CORE, "v1", "pods", "Pod", short_names=("po",), categories=("all",), generation=True,
+    CORE, "pods", "Pod", short_names=("po",), categories=("all",), generation=True,
     subresources=("status", "log", "exec", "binding"),
     selectable=(*_META, "spec.nodeName", "spec.restartPolicy", "spec.schedulerName",
                 "spec.serviceAccountName", "spec.hostNetwork", "status.phase", "status.podIP",
                 "status.nominatedNodeName"),
 )  # fmt: skip
 NAMESPACES = _built_in(
-    CORE, "v1", "namespaces", "Namespace", namespaced=False, short_names=("ns",),
+    CORE, "namespaces", "Namespace", namespaced=False, short_names=("ns",),
     subresources=("status",), selectable=(*_META, "status.phase"),
 )  # fmt: skip
 EVENTS = _built_in(
-    CORE, "v1", "events", "Event", short_names=("ev",),
+    CORE, "events", "Event", short_names=("ev",),
     selectable=(*_META, "involvedObject.kind", "involvedObject.namespace", "involvedObject.name",
                 "involvedObject.uid", "involvedObject.apiVersion",
                 "involvedObject.resourceVersion", "involvedObject.fieldPath", "reason",
@@ -141,28 +141,28 @@ BUILT_IN = (
     PODS,
     EVENTS,
     CRDS,
-    _built_in(CORE, "v1", "configmaps", "ConfigMap", short_names=("cm",), selectable=_META),
-    _built_in(CORE, "v1", "secrets", "Secret", selectable=(*_META, "type")),
+    _built_in(CORE, "configmaps", "ConfigMap", short_names=("cm",), selectable=_META),
+    _built_in(CORE, "secrets", "Secret", selectable=(*_META, "type")),
     _built_in(
-        CORE, "v1", "services", "Service", short_names=("svc",), categories=("all",),
+        CORE, "services", "Service", short_names=("svc",), categories=("all",),
         subresources=("status",), selectable=(*_META, "spec.clusterIP", "spec.type"),
     ),
-    _built_in(CORE, "v1", "serviceaccounts", "ServiceAccount", short_names=("sa",),
+    _built_in(CORE, "serviceaccounts", "ServiceAccount", short_names=("sa",),
              selectable=_META),
     _built_in(
-        CORE, "v1", "persistentvolumeclaims", "PersistentVolumeClaim", short_names=("pvc",),
+        CORE, "persistentvolumeclaims", "PersistentVolumeClaim", short_names=("pvc",),
         subresources=("status",), selectable=_META,
     ),
     _built_in(
-        CORE, "v1", "nodes", "Node", namespaced=False, short_names=("no",),
+        CORE, "nodes", "Node", namespaced=False, short_names=("no",),
         subresources=("status",), selectable=(*_META, "spec.unschedulable"),
     ),
     _built_in(
-        "batch", "v1", "jobs", "Job", categories=("all",), subresources=("status",),
+        "batch", "jobs", "Job", categories=("all",), subresources=("status",),
         generation=True, selectable=(*_META, "status.successful"),
     ),
     _built_in(
-        "coordination.k8s.io", "v1", "leases", "Lease", unconditional_update=False,
+        "coordination.k8s.io", "leases", "Lease", unconditional_update=False,
         selectable=_META,
     ),
 )  # fmt: skip

@@ -372,11 +372,13 @@ class ContainerRunner:
     def _readiness(self, ready: bool, message: str) -> None:
         if self._terminating is not self.process:
             self.record.ready = ready
-            log.info("readiness", pod=self._pod.pod.key, container=self.spec.name, ready=ready)
+            pod = self._pod.pod.key
+            log.info("container readiness changed", pod=pod, container=self.spec.name, ready=ready)
             self._pod.changed()
 
     async def _unhealthy(self, process: Process, grace_s: int | None, why: str) -> None:
-        log.info("unhealthy", pod=self._pod.pod.key, container=self.spec.name, why=why)
+        pod = self._pod.pod.key
+        log.info("probe failed, stopping container", pod=pod, container=self.spec.name, why=why)
         self._kill_reason = ("", why)
         pod_grace_s = self._pod.pod.spec.termination_grace_period_seconds
         # Not awaited: this task is cancelled when the process exits.

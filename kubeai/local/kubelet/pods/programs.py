@@ -1,6 +1,6 @@
 """Maps a container's image or command to an installed program; images are never pulled.
 
-Also makes engines listen on their pod's address. Called by the runner for a container's main
+Also makes engines listen on their pod's address. Called by container.py for a container's main
 process, exec probes and hooks. Never runs a shell in between.
 """
 

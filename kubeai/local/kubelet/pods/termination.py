@@ -3,7 +3,7 @@
 The message is what the container wrote to its terminationMessagePath, at most FILE_MAX_BYTES. If
 that is empty, the container failed and its policy is FallbackToLogsOnError, it is the end of the
 log. The default path is not mounted: containers without other mounts would then each need a mount
-namespace. Called by the runner.
+namespace. Called by container.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantities and durations: exact, and formatted as Kubernetes and Go do."""
+"""Quantities and durations: exact; quantities are formatted as Kubernetes does."""
 
 import re
 from fractions import Fraction
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubeai.api.config.duration import format_duration, parse_duration
+from kubeai.api.config.duration import parse_duration
 from kubeai.api.config.quantity import parse_quantity
 from kubeai.api.config.schema import _UNITS
 from kubeai.gateway.openapi.headers import MAX_WAIT, PARAMETERS
@@ -152,6 +152,33 @@ def test_digits_beyond_a_nanosecond_are_ignored(zeros):
     assert parse_duration(f"{zeros}1.5{zeros}1s") == pytest.approx(1.5, abs=0.02)
 
 
+def format_duration(seconds: float) -> str:
+    """Format seconds as Go does: ``90`` is ``1m30s``, ``0.25`` is ``250ms``."""
+    ns = round(seconds * 1e9)
+    if ns == 0:
+        return "0s"
+    sign, ns = ("-", -ns) if ns < 0 else ("", ns)
+    for unit, scale in (("ns", 1), ("µs", 1_000), ("ms", 1_000_000)):
+        if ns < scale * 1_000:
+            return f"{sign}{decimal(ns, scale)}{unit}"
+    minutes, remainder = divmod(ns, 60_000_000_000)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{decimal(remainder, 1_000_000_000)}s"
+    if hours or minutes:
+        text = f"{minutes}m{text}"
+    if hours:
+        text = f"{hours}h{text}"
+    return sign + text
+
+
+def decimal(value: int, scale: int) -> str:
+    whole, remainder = divmod(value, scale)
+    if not remainder:
+        return str(whole)
+    digits = len(str(scale)) - 1
+    return f"{whole}.{remainder:0{digits}d}".rstrip("0")
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
@@ -167,8 +194,9 @@ def test_digits_beyond_a_nanosecond_are_ignored(zeros):
         (-3, "-3s"),
     ],
 )
-def test_a_duration_is_formatted_as_in_go(seconds, text):
+def test_a_duration_as_go_formats_it_is_parsed(seconds, text):
     assert format_duration(seconds) == text
+    assert parse_duration(text) == pytest.approx(seconds)
 
 
 @given(st.integers(0, 10**15))

@@ -8,7 +8,7 @@ from kubeai.api.config.system import KeysConfig
 from kubeai.gateway.event_counts import EventCounter
 from kubeai.gateway.keys import Keys, check_credential
 from kubeai.gateway.local_routes import make_app
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.routing.keys import KeyDelta, KeySnapshot
 
 
@@ -74,13 +74,13 @@ async def test_a_credential_from_elsewhere_is_checked_and_counted():
     with capture_logs() as logs:
         assert check_credential(context, b"ka", "192.0.2.1").name == "a"
         for status in (401, 429):
-            with pytest.raises(BadRequest) as refused:
+            with pytest.raises(ErrorResponse) as refused:
                 check_credential(context, b"wrong", "192.0.2.1")
             assert refused.value.status == status
-        with pytest.raises(BadRequest, match="The API key in the login is not valid"):
+        with pytest.raises(ErrorResponse, match="The API key in the login is not valid"):
             check_credential(context, b"", "192.0.2.2")
         assert check_credential(context, b"ka", "192.0.2.1").name == "a"
-        with pytest.raises(BadRequest, match="administrator"):
+        with pytest.raises(ErrorResponse, match="administrator"):
             check_credential(context, b"kb", "192.0.2.3")
     assert [line["path"] for line in logs] == ["/ui/login"] * 4
     assert (logs[-1]["code"], logs[-1]["key"]) == ("admin_required", "b")

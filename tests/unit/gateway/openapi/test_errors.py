@@ -318,7 +318,6 @@ PACKAGES = ("gateway", "openai")
 # Errors whose status is not a constant where they are made, with the pairs that they can have.
 COMPUTED: dict[tuple[str, str], set[Pair]] = {
     ("gateway/attempts.py", "_say"): set(),  # its callers are read instead
-    ("gateway/local_routes.py", "_errors"): set(),  # an HTTPException of aiohttp, see below
     ("gateway/retries.py", "_exhausted"): {
         (500, "bad_gateway"),
         (502, "bad_gateway"),
@@ -385,7 +384,7 @@ def pairs_of(call: ast.Call, names: dict[str, str]) -> set[Pair] | None:
     """The errors that a call makes; None: its arguments are computed."""
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
     match call.func:
-        case ast.Name(id="BadRequest"):
+        case ast.Name(id="ErrorResponse"):
             args = dict(zip(("message", "param", "status", "code"), call.args, strict=False))
             status, code = keywords.get("status", args.get("status")), keywords.get("code")
             code = code or args.get("code")
@@ -411,7 +410,7 @@ def pairs_in_cython() -> set[Pair]:
         text = path.read_text()
         for arguments in re.findall(r"_refuse\(\s*(\d{3}[^,]*),", text):
             found |= {(int(status), None) for status in re.findall(r"\b\d{3}\b", arguments)}
-        for arguments in re.findall(r"BadRequest\((.*?)^    \)", text, re.DOTALL | re.MULTILINE):
+        for arguments in re.findall(r"ErrorResponse\((.*?)^    \)", text, re.DOTALL | re.MULTILINE):
             status = re.search(r"status=(\d+)", arguments)
             code = re.search(r'code="(\w+)"', arguments)
             found.add((int(status[1]) if status else 400, code[1] if code else None))

@@ -27,7 +27,7 @@ from kubeai.gateway.uploads.multipart import (
     form_type,
     new_boundary,
 )
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 
 FIELD = 'Content-Disposition: form-data; name="{}"'
 
@@ -122,14 +122,14 @@ def test_the_preamble_is_skipped(preamble, piece):
 
 def test_the_headers_of_a_part_are_limited():
     headers = "\r\n".join([FIELD.format("a"), *["X: y"] * HEADERS_MAX_COUNT])
-    with pytest.raises(BadRequest, match=r"part 1: .*header count"):
+    with pytest.raises(ErrorResponse, match=r"part 1: .*header count"):
         split(form((headers, b"")))
 
 
 def test_the_preamble_is_limited():
     splitter = Splitter(b"b")
     splitter.feed(b"x" * (PREAMBLE_MAX_BYTES - 1))
-    with pytest.raises(BadRequest, match="before the first part: no boundary within"):
+    with pytest.raises(ErrorResponse, match="before the first part: no boundary within"):
         splitter.feed(b"x" * 100)
 
 
@@ -206,7 +206,7 @@ def test_a_form_is_split_the_same_in_any_pieces(parts, sizes):
 )  # fmt: skip
 @pytest.mark.parametrize("piece", [1, 1 << 20])
 def test_a_malformed_form_is_rejected_with_the_position(body, place, piece):
-    with pytest.raises(BadRequest) as caught:
+    with pytest.raises(ErrorResponse) as caught:
         split(body, sizes=[piece] * len(body))
     assert caught.value.status == 400
     assert f", {place}" in caught.value.message
@@ -217,7 +217,7 @@ def test_an_endless_part_head_is_rejected_before_it_is_buffered():
     splitter.feed(b"--b\r\nX: ")
     for _ in range(HEAD_MAX_BYTES - 1):
         splitter.feed(b"y")
-    with pytest.raises(BadRequest, match="headers are longer"):
+    with pytest.raises(ErrorResponse, match="headers are longer"):
         splitter.feed(b"y")
 
 
@@ -369,7 +369,7 @@ def test_an_engine_reads_the_same_parts_as_the_gateway(parts, changes):
     body = mutated(parts, changes)
     try:
         ours = split(body)
-    except BadRequest:
+    except ErrorResponse:
         return
     sent = sent_form(ours, ENGINE_BOUNDARY)
     theirs = read_by_python_multipart(sent, ENGINE_BOUNDARY)
@@ -387,7 +387,7 @@ def test_an_engine_reads_the_same_parts_as_the_gateway(parts, changes):
 def result(body, sizes=()):
     try:
         return split(body, sizes=sizes)
-    except BadRequest as error:
+    except ErrorResponse as error:
         return error.status
 
 
@@ -440,5 +440,5 @@ def test_the_content_type_of_a_sent_form_has_its_boundary():
     ],
 )  # fmt: skip
 def test_a_content_type_without_exactly_one_plain_boundary_is_rejected(content_type):
-    with pytest.raises(BadRequest):
+    with pytest.raises(ErrorResponse):
         boundary_of(content_type)

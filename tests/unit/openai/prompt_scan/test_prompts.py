@@ -9,7 +9,7 @@ from prompt_oracle import FILE_TOKENS, expected
 
 from examples import some
 from kubeai._pick import STRATEGIES
-from kubeai.openai.errors import BadRequest
+from kubeai.openai.errors import ErrorResponse
 from kubeai.openai.request import SHAPES, named, prompt_of, read
 from kubeai.openai.routes import Kind
 
@@ -112,8 +112,8 @@ def accepted_alike(kind: Kind, body: bytes) -> None:
     """Prompts change nothing about which bodies are accepted, and exist for all of those."""
     try:
         parsed = parse(kind, body)
-    except BadRequest:
-        with pytest.raises(BadRequest):
+    except ErrorResponse:
+        with pytest.raises(ErrorResponse):
             read(kind, body)
         return
     request = read(kind, body)

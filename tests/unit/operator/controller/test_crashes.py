@@ -12,10 +12,6 @@ from kubeai.kube.errors import ApiError
 pytestmark = FAKE_TIME
 
 
-class Crash(Exception):
-    pass
-
-
 async def life(world, crash_at, committed):
     """Create, scale, roll out, scale down; the controller dies at one write and restarts."""
     seen = 0

@@ -22,7 +22,7 @@ async def test_without_a_capacity_endpoints_are_never_full(site):
     site.route(["a"], capacity=0)
     picks = [site.workers[0].pick_new() for _ in range(50)]
     assert all(picks)
-    assert not site.workers[0].model.is_saturated()
+    assert not site.workers[0].model.is_full()
     for pick in picks:
         pick.release()
 
@@ -34,7 +34,7 @@ async def test_no_pick_exceeds_the_capacity_of_an_endpoint(site, strategy):
     picks = [site.workers[n % 2].model.pick_new(prompt) for n, prompt in enumerate(prompts)]
     assert sorted(pick.name for pick in picks[:6]) == ["a", "a", "b", "b", "c", "c"]
     assert picks[6] is None
-    assert site.workers[0].model.is_saturated()
+    assert site.workers[0].model.is_full()
     picks[0].release()
     again = site.workers[1].model.pick_new(prompts[6])
     assert again.name == picks[0].name
@@ -186,7 +186,7 @@ async def test_requests_for_an_adapter_that_is_full_hold_up_no_others(site):
     base = worker.model.pick_only("a", Prompt())
     waits = worker.ask(adapter="x")
     await site.settle()
-    assert worker.model.is_saturated("x")
+    assert worker.model.is_full("x")
     other = site.workers[1].pick_new()
     assert other.name == "b"
     base.release()

@@ -7,7 +7,8 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import pytest
 
-from kubeai.operator.pods import OUTPUT_MAX_CHARS, PodObject, observe
+from kubeai.operator.pod_trouble import OUTPUT_MAX_CHARS
+from kubeai.operator.pods import PodObject, observe
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
