@@ -10,8 +10,9 @@ A dispatch happens when a request arrives, when the route changes, when this wor
 an endpoint has room, and on each tick of the server, in case a wake-up was lost. From the second
 tick on, a worker that does not serve its head (it is stopped or hangs) is skipped.
 
-Peers learn of this KubeAI replica's first request with a delay, and of free capacity too. While a peer's
-request comes first, room for one request is left free for it, until the second tick at the latest.
+Peers learn of this KubeAI replica's first request with a delay, and of free capacity too. While a
+peer's request comes first, room for one request is left free for it, until the second tick at the
+latest.
 
 RoutedModel owns one queue; holding.py waits in it.
 """
