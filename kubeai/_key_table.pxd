@@ -86,9 +86,15 @@ cdef class KeyTable(SharedTable):
     cdef void prefetch(self, int row) noexcept
     cdef int counted_columns(self) noexcept
     cdef int64_t _in_flight(self, size_t row, int columns) noexcept
-    cdef void _read(self, const uint64_t *slots, const Moment *moment, Window *window) noexcept
-    cdef void read_requests(self, size_t row, const Moment *moment, Window *window) noexcept
-    cdef void read_tokens(self, size_t row, const Moment *moment, Window *window) noexcept
+    cdef void _read(
+        self, const uint64_t *slots, int columns, const Moment *moment, Window *window
+    ) noexcept
+    cdef void read_requests(
+        self, size_t row, int columns, const Moment *moment, Window *window
+    ) noexcept
+    cdef void read_tokens(
+        self, size_t row, int columns, const Moment *moment, Window *window
+    ) noexcept
     cdef double _used(self, const uint64_t *slots, int columns, const Moment *moment) noexcept
     cdef double used_requests(self, size_t row, int columns, const Moment *moment) noexcept
     cdef double used_tokens(self, size_t row, int columns, const Moment *moment) noexcept

@@ -42,12 +42,19 @@ class KeyTable(SharedTable):
     def row_is_zero(self, row: int) -> bool:
         """Whether the key has nothing in flight at this KubeAI replica."""
     def set_peers(
-        self, row: int, generation: int, in_flight: int, requests: int, tokens: int
+        self,
+        row: int,
+        generation: int,
+        in_flight: int,
+        interval: int,
+        requests: tuple[int, ...],
+        tokens: tuple[int, ...],
     ) -> None:
-        """Record what the peers have counted within the last minute.
+        """Record what the peers have counted, in place of what was recorded before.
 
-        It ages like everything else: unless it is recorded again, it is gone 70 s later at the
-        latest. No effect for another generation.
+        ``requests``, ``tokens``: by age in intervals; the first were counted in ``interval``, and
+        those that are left out are 0. They age like everything else. No effect for another
+        generation.
         """
     def clear_column(self, column: int) -> None:
         """Zero the requests in flight of a column whose worker is dead and reaped.
@@ -56,10 +63,17 @@ class KeyTable(SharedTable):
         """
 
     # -- reads: any process ----------------------------------------------------------------
+    def moment(self) -> tuple[int, int]:
+        """The number of the current interval of 10 s, and the milliseconds since it began."""
     def use(self, row: int) -> Use:
         """What a key has used, at all KubeAI replicas."""
     def use_here(self, row: int) -> Use:
         """Like ``use``, without the peers."""
+    def window_here(self, row: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The requests and tokens of ``use_here``, by age in intervals, the latest first.
+
+        The last of the seven intervals is leaving the minute; here it counts in full.
+        """
     def is_counted(self, row: int) -> bool:
         """Whether a worker of this KubeAI replica has ever counted a request of a key."""
     def refused(self, row: int) -> int:

@@ -76,6 +76,16 @@ cdef double wait_s_for(const Window *window, const Moment *moment, double excess
     return waited_s
 
 
+cdef int _fill(Window *window, tuple counts) except -1:
+    """Take over counts by age; those that are left out are 0."""
+    cdef int age
+    if len(counts) > SLOTS:
+        raise ValueError(f"a minute has {SLOTS} intervals, not {len(counts)}")
+    for age in range(SLOTS):
+        window.counts[age] = counts[age] if age < len(counts) else 0
+    return 0
+
+
 @cython.final
 cdef class KeyTable(SharedTable):
     """See the module and the stub."""
@@ -165,30 +175,34 @@ cdef class KeyTable(SharedTable):
         return self._in_flight(row, self.columns - 1) == 0
 
     def set_peers(
-        self, int row, uint32_t generation, int64_t in_flight, int64_t requests, int64_t tokens
+        self,
+        int row,
+        uint32_t generation,
+        int64_t in_flight,
+        uint64_t interval,
+        tuple requests not None,
+        tuple tokens not None,
     ):
         """See the stub."""
         self._check_row(row)
-        if in_flight < 0 or requests < 0 or tokens < 0:
-            raise ValueError(
-                f"a use must not be negative, but is {in_flight}, {requests}, {tokens}"
-            )
+        if in_flight < 0:
+            raise ValueError(f"requests in flight must not be negative, but are {in_flight}")
+        cdef Window by_age[2]
+        _fill(&by_age[0], requests)
+        _fill(&by_age[1], tokens)
         if not self.lives(row, generation):
             return
         cdef Cell *cell = &self.cells[<size_t> row * self.columns + self.columns - 1]
-        cdef uint64_t interval = moment_of(self.now_s()).interval
-        cdef int current = <int> (interval % SLOTS)
-        cdef int slot
+        cdef int age, slot
         if in_flight or requests or tokens:
             put_u64(&self.header.spare[HAS_PEERS], 1)
         put_i64(&cell.in_flight, in_flight)
-        # The new sum first: a reader in between counts too much rather than too little.
-        put_u64(&cell.requests[current], slot_of(interval, requests))
-        put_u64(&cell.tokens[current], slot_of(interval, tokens))
-        for slot in range(SLOTS):
-            if slot != current:
-                put_u64(&cell.requests[slot], 0)
-                put_u64(&cell.tokens[slot], 0)
+        # The latest first: counts only move to later intervals, and a reader in between counts too
+        # much rather than too little.
+        for age in range(SLOTS):
+            slot = <int> ((interval - age) % SLOTS)
+            put_u64(&cell.requests[slot], slot_of(interval - age, by_age[0].counts[age]))
+            put_u64(&cell.tokens[slot], slot_of(interval - age, by_age[1].counts[age]))
 
     def clear_column(self, int column):
         """See the stub."""
@@ -234,8 +248,10 @@ cdef class KeyTable(SharedTable):
     cdef double used_tokens(self, size_t row, int columns, const Moment *moment) noexcept:
         return self._used(self.cells[row * self.columns].tokens, columns, moment)
 
-    cdef void _read(self, const uint64_t *slots, const Moment *moment, Window *window) noexcept:
-        """Sum what was counted in the last minute over a row, by age.
+    cdef void _read(
+        self, const uint64_t *slots, int columns, const Moment *moment, Window *window
+    ) noexcept:
+        """Sum what was counted in the last minute in the first ``columns`` of a row, by age.
 
         ``slots``: those of the first column.
         """
@@ -244,17 +260,27 @@ cdef class KeyTable(SharedTable):
         cdef int age, column
         for age in range(SLOTS):
             window.counts[age] = 0
-            for column in range(self.columns):
+            for column in range(columns):
                 window.counts[age] += counted_in(
                     get_u64(&slots[column * cell + slot]), moment.interval - age
                 )
             slot = slot - 1 if slot else SLOTS - 1
 
-    cdef void read_requests(self, size_t row, const Moment *moment, Window *window) noexcept:
-        self._read(self.cells[row * self.columns].requests, moment, window)
+    cdef void read_requests(
+        self, size_t row, int columns, const Moment *moment, Window *window
+    ) noexcept:
+        self._read(self.cells[row * self.columns].requests, columns, moment, window)
 
-    cdef void read_tokens(self, size_t row, const Moment *moment, Window *window) noexcept:
-        self._read(self.cells[row * self.columns].tokens, moment, window)
+    cdef void read_tokens(
+        self, size_t row, int columns, const Moment *moment, Window *window
+    ) noexcept:
+        self._read(self.cells[row * self.columns].tokens, columns, moment, window)
+
+    def moment(self):
+        """See the stub."""
+        cdef double now_s = self.now_s()
+        cdef uint64_t interval = moment_of(now_s).interval
+        return interval, <int> (1000 * (now_s - <double> (interval * INTERVAL_S)))
 
     def _use(self, Py_ssize_t row, int columns):
         self._check_row(row)
@@ -272,6 +298,16 @@ cdef class KeyTable(SharedTable):
     def use_here(self, Py_ssize_t row):
         """See the stub."""
         return self._use(row, self.columns - 1)
+
+    def window_here(self, Py_ssize_t row):
+        """See the stub."""
+        self._check_row(row)
+        cdef Moment moment = moment_of(self.now_s())
+        cdef Window window
+        self.read_requests(row, self.columns - 1, &moment, &window)
+        requests = tuple([window.counts[age] for age in range(SLOTS)])
+        self.read_tokens(row, self.columns - 1, &moment, &window)
+        return requests, tuple([window.counts[age] for age in range(SLOTS)])
 
     def is_counted(self, Py_ssize_t row):
         """See the stub."""

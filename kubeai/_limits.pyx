@@ -95,7 +95,7 @@ cdef Charge take(
         used = table.used_requests(at, columns, &moment)
         left = quota.requests - <int64_t> floor(used)
         if left < 1:
-            table.read_requests(at, &moment, &window)
+            table.read_requests(at, columns, &moment, &window)
             wait_s = wait_s_for(&window, &moment, used - quota.requests + LESS)
             exceed(charge, REQUESTS, wait_s)
         charge.requests_left = max(<int64_t> 0, left)
@@ -106,7 +106,7 @@ cdef Charge take(
         if tokens > quota.tokens:
             exceed(charge, TOO_LARGE, 0)
         elif left < needed:
-            table.read_tokens(at, &moment, &window)
+            table.read_tokens(at, columns, &moment, &window)
             wait_s = wait_s_for(&window, &moment, used - (quota.tokens - needed + 1) + LESS)
             exceed(charge, TOKENS, wait_s)
         charge.tokens_left = max(<int64_t> 0, left)

@@ -232,7 +232,7 @@ cdef class FastPath(EarlyStream):
 
     cdef bint _is_within_limits(self) except -1:
         try:
-            self._charge_once()
+            self._charge_once(False)
         except ErrorResponse as error:
             self._refuse(error)
             return False
@@ -240,14 +240,14 @@ cdef class FastPath(EarlyStream):
 
     def _charge_key(self):
         """Count the request for its key, once. ErrorResponse if it exceeds a limit."""
-        self._charge_once()
+        self._charge_once(self._kind.is_stored)
 
-    cdef int _charge_once(self) except -1:
+    cdef int _charge_once(self, bint is_stored) except -1:
         cdef FastPathContext context = <FastPathContext> self.downstream.relay.context
         cdef bytes lines
         if self._key is None or self._charge is not None or context.limits is None:
             return 0
-        self._charge = charge_for(context.limits, self._key, self._prompt, self._request)
+        self._charge = charge_for(context.limits, self._key, self._prompt, self._request, is_stored)
         if self._charge is None:
             return 0
         lines = limit_lines(self._key, self._charge)

@@ -11,7 +11,9 @@ from kubeai.openai._usage cimport Usage
 
 
 cdef int64_t expected(Key key, Prompt prompt, InferenceRequest request) noexcept
-cdef Charge charge_for(KeyTable table, Key key, Prompt prompt, InferenceRequest request)
+cdef Charge charge_for(
+    KeyTable table, Key key, Prompt prompt, InferenceRequest request, bint is_stored
+)
 cdef bytes limit_lines(Key key, Charge charge)
 cdef int settle(
     Charge charge, Key key, InferenceRequest request, const Usage *usage, bint is_reported

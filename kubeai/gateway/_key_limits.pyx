@@ -55,12 +55,18 @@ def expected_tokens(Key key, Prompt prompt not None, InferenceRequest request no
     return expected(key, prompt, request)
 
 
-cdef Charge charge_for(KeyTable table, Key key, Prompt prompt, InferenceRequest request):
-    """Charge a request to its key; None if the key has no limits."""
+cdef Charge charge_for(
+    KeyTable table, Key key, Prompt prompt, InferenceRequest request, bint is_stored
+):
+    """Charge a request to its key; None if the key has no limits for it.
+
+    ``is_stored``: it is for a stored response. It is not refused because of requests in flight,
+    which it may be about to cancel.
+    """
     cdef Quota quota
     quota.requests = key.requests_per_minute
     quota.tokens = key.tokens_per_minute
-    quota.in_flight = key.in_flight_max
+    quota.in_flight = 0 if is_stored else key.in_flight_max
     if not (quota.requests or quota.tokens or quota.in_flight):
         return None
     table._check_row(key.row)

@@ -293,23 +293,30 @@ def test_a_killed_workers_requests_are_cleared_but_what_it_counted_stays(table, 
 
 def test_other_replicas_count_for_limits_and_age_by_themselves(table, worker, clock):
     generation = table.open_row(0)
-    table.set_peers(0, generation, 2, 50, 700)
+    assert table.moment() == (100, 0)
+    table.set_peers(0, generation, 2, 100, (50,), (700,))
     assert table.use(0) == Use(2, 50, 700)
     assert table.use_here(0) == Use(0, 0, 0)
+    assert table.window_here(0) == ((0,) * 7, (0,) * 7)
     assert table.row_is_zero(0), "the row's reuse depends on this replica alone"
     assert charge(worker, 0, generation, requests=50).excess == "requests"
     assert charge(worker, 0, generation, in_flight=2).excess == "in flight"
-    table.set_peers(0, generation, 0, 20, 0)
-    assert table.use(0) == Use(0, 20, 0), "a report replaces the one before"
-    clock.now_s += 15
-    table.set_peers(0, generation, 0, 20, 0)
+    table.set_peers(0, generation, 0, 100, (20, 0, 0, 0, 0, 0, 10), ())
+    assert table.use(0) == Use(0, 30, 0), "a report replaces the one before"
+    refused = charge(worker, 0, generation, requests=25)
+    assert (refused.excess, refused.retry_after_s) == ("requests", pytest.approx(5, abs=0.01))
+    clock.now_s += INTERVAL_S
     assert table.use(0) == Use(0, 20, 0)
-    clock.now_s += MINUTE_S + INTERVAL_S
+    clock.now_s += MINUTE_S
     assert table.use(0) == Use(0, 0, 0)
-    table.set_peers(0, generation + 1, 1, 1, 1)
+    table.set_peers(0, generation + 1, 1, 107, (1,), (1,))
     assert table.use(0) == Use(0, 0, 0), "of another generation"
     with pytest.raises(ValueError, match="negative"):
-        table.set_peers(0, generation, -1, 0, 0)
+        table.set_peers(0, generation, -1, 107, (), ())
+    with pytest.raises(OverflowError, match="negative"):
+        table.set_peers(0, generation, 0, 107, (-1,), ())
+    with pytest.raises(ValueError, match="a minute has 7 intervals, not 8"):
+        table.set_peers(0, generation, 0, 107, (), (0,) * 8)
 
 
 def test_only_a_matching_table_can_be_attached(table):
@@ -374,7 +381,7 @@ def test_readings_find_what_was_counted_and_what_has_aged(table, workers, clock)
     assert table.use(70) == table.use(199) == Use(0, 0, 0), "this was the last report"
     clock.now_s += INTERVAL_S
     assert readings.changed() == []
-    table.set_peers(0, generations[0], 1, 1, 1)
+    table.set_peers(0, generations[0], 1, table.moment()[0], (1,), (1,))
     assert readings.changed() == [], "peers' uses are not ours to report"
     held = charge(workers[0], 0, generations[0])
     table.clear_column(0)

@@ -7,6 +7,7 @@ are listeners. A slow listener gets fewer and larger frames, never a longer queu
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import OrderedDict, deque
 from collections.abc import Collection
 
@@ -44,7 +45,7 @@ class Feed:
         queues: QueueTable | None = None,
     ) -> None:
         """``keys``: None: keys are not required."""
-        self._identity = identity
+        self._hello = wire.Hello(identity, secrets.token_hex(8))
         self._table = table
         self._index = index
         self._publisher = publisher
@@ -109,6 +110,12 @@ class Feed:
                 if owner not in self._publisher.rows_of:
                     self._changed.pop(owner, None)
 
+    def key_changed(self, name: str) -> None:
+        """A key was added, changed or removed."""
+        if self._keys is not None and self._keys.key_changed(name, self._frames + 1):
+            self._frames += 1
+            self._wake()
+
     def _note(self, touched: Collection[RowOwner]) -> None:
         if not touched:
             return
@@ -127,8 +134,8 @@ class Feed:
 
     def since(self, frame: int) -> wire.Loads:
         """The changes since a frame; since frame 0, everything."""
-        keys = {} if self._keys is None else self._keys.since(frame)
-        loads = wire.Loads({}, {}, {}, self._sent_since(frame), keys, {})
+        keys, windows = ({}, None) if self._keys is None else self._keys.since(frame)
+        loads = wire.Loads({}, {}, {}, self._sent_since(frame), keys, {}, windows)
         for owner in reversed(self._changed):
             if self._changed[owner] <= frame:
                 break
@@ -189,7 +196,7 @@ class Feed:
         return response
 
     async def _tell(self, response: web.StreamResponse) -> None:
-        await self._write(response, wire.encode(wire.Hello(self._identity)))
+        await self._write(response, wire.encode(self._hello))
         sent = 0
         while not self._closed:
             data, news = self._encoded_since(sent), self._news

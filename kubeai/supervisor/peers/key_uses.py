@@ -3,24 +3,30 @@
 :class:`KeyFeed` finds what this KubeAI replica's workers have counted, for the peers, and
 :class:`PeerUses` records what those report in the supervisor's column of the key table. Both know
 keys by name, because each peer assigns rows of its own. A report is a state, not an increment:
-the requests in flight, and the requests and tokens of the last minute. So a lost report or a
-peer that restarts leaves nothing behind; and as what was counted becomes older, it is reported
-again with each interval of the key table. What a peer has counted before it left counts for
-another minute, so that limits hold during a rolling update. Used by peers.py and feed.py.
+the requests in flight, and the requests and tokens of the last minute, by the intervals of the key
+table in which they were counted. So a lost report leaves nothing behind.
+
+Intervals begin at other times at each KubeAI replica, because the clocks of machines differ. What a peer
+has counted in an interval is recorded in the receiver's interval in which that one ends. It
+therefore counts for at most 10 s longer than at the peer, and never for a shorter time. Recorded
+counts age by themselves, so those of a peer that has left or restarted still count until they
+are a minute old, and limits hold during a rolling update. Used by peers.py and feed.py.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Set
-from typing import Protocol
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, islice
+from typing import NamedTuple, Protocol
+
+import msgspec
 
 from kubeai._key_readings import KeyReadings
 from kubeai._key_table import KeyTable
 from kubeai.supervisor.peers import wire
 
 UNUSED = (0, 0, 0)
-LEFT_S = 60.0  # how long a report counts after its peer has left
 GONE_MAX_KEYS = 10_000  # deleted keys that are kept, so that listeners learn of them
 
 
@@ -60,27 +66,71 @@ class KeyFeed:
                 del self._changed[name]
         return bool(changed)
 
-    def since(self, frame: int) -> dict[str, wire.KeyUse]:
-        """The uses that have changed since a frame; since frame 0, all."""
+    def key_changed(self, name: str, frame: int) -> bool:
+        """A key was added, changed or removed: report it in a frame, as unused if it has no row.
+
+        False: it was never reported.
+        """
+        if name not in self._changed:
+            return False
+        self._changed[name] = frame
+        self._changed.move_to_end(name)
+        return True
+
+    def since(self, frame: int) -> tuple[dict[str, wire.KeyUse], wire.KeyWindows | None]:
+        """The uses that have changed since a frame, and their windows; since frame 0, all."""
         uses: dict[str, wire.KeyUse] = {}
+        windows: list[wire.KeyWindow] = []
+        _, past_ms = self._table.moment()
         for name in reversed(self._changed):
             if self._changed[name] <= frame:
                 break
-            use = self._use(name)
+            use, window = self._use(name)
             if frame or use != UNUSED:
                 uses[name] = use
-        return uses
+                windows.append(window)
+        return uses, wire.KeyWindows(past_ms, windows) if uses else None
 
-    def _use(self, name: str) -> wire.KeyUse:
+    def _use(self, name: str) -> tuple[wire.KeyUse, wire.KeyWindow]:
         lease = self._keys.rows.get(name)
         if lease is None:
-            return UNUSED
+            return UNUSED, ((), ())
         use = self._table.use_here(lease[0])
-        return (
+        summed = (
             min(use.in_flight, wire.COUNT_MAX),
             min(use.requests, wire.USE_MAX),
             min(use.tokens, wire.USE_MAX),
         )
+        requests, tokens = self._table.window_here(lease[0])
+        return summed, (_bounded(requests), _bounded(tokens))
+
+
+def _bounded(counts: Sequence[int]) -> tuple[int, ...]:
+    """Counts as they are reported: within bounds, and without zeros at the end."""
+    last = max((age for age, count in enumerate(counts) if count), default=-1)
+    return tuple(min(count, wire.USE_MAX) for count in counts[: last + 1])
+
+
+class _Use(NamedTuple):
+    """A key's use at one peer. Counts are by age in intervals; the first are of ``interval``."""
+
+    in_flight: int
+    interval: int  # of this replica's key table
+    requests: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    def is_over(self, interval: int) -> bool:
+        """Whether it counts nothing in an interval."""
+        return not self.in_flight and interval - self.interval >= wire.INTERVALS_MAX
+
+
+class _Peer(msgspec.Struct):
+    """What was counted by the processes that have served at one address."""
+
+    process: str  # the latest one; empty: its version does not say
+    uses: dict[str, _Use] = {}  # of the latest one, by key
+    earlier: dict[str, _Use] = {}  # of those before it, together
+    is_gone: bool = False  # it has left, or is silent
 
 
 class PeerUses:
@@ -89,68 +139,151 @@ class PeerUses:
     def __init__(self, table: KeyTable, keys: KeyRows) -> None:
         self._table = table
         self._keys = keys
-        self._reported: dict[str, dict[str, wire.KeyUse]] = {}  # by the peer's address, by name
-        # The same of peers that have left or started again, without what was in flight, and when.
-        self._left: dict[str, tuple[float, dict[str, wire.KeyUse]]] = {}
+        self._peers: dict[str, _Peer] = {}  # by address
+        self._aged = 0  # the interval in which `age` last looked
 
     def take(
-        self, address: str, uses: Mapping[str, wire.KeyUse], now_s: float, *, whole: bool = False
+        self, address: str, loads: wire.Loads, *, whole: bool = False, process: str = ""
     ) -> None:
         """Apply a peer's report. ``whole``: it is complete; keys missing from it are not used.
 
-        A complete report may come from a peer that has started again at the address, and knows
-        nothing of what it has counted before. BadFrame if there are too many keys.
+        ``process``: identifies the peer's process; empty: its version does not say. Another one
+        than before does not know what the one before has counted. BadFrame if it is invalid.
         """
-        touched = set(uses)
+        uses = self._uses_in(loads)
+        peer = self._peers.setdefault(address, _Peer(process))
+        peer.is_gone = False
+        touched = set(loads.keys)
         if whole:
-            touched |= self._retire(address, now_s)
-        reported = self._reported.setdefault(address, {})
+            touched |= peer.uses.keys()
+            if not process or process != peer.process:
+                self._retire(peer)
+            peer.process, peer.uses = process, {}
         for name, use in uses.items():
-            if use == UNUSED:
-                reported.pop(name, None)
+            if use.in_flight or use.requests or use.tokens:
+                peer.uses[name] = use
             else:
-                reported[name] = use
-        self._put(touched)
-        if len(reported) > wire.KEYS_MAX:
+                peer.uses.pop(name, None)
+        for name in touched:
+            self._write(name)
+        if len(peer.uses) > wire.KEYS_MAX:
             raise wire.BadFrame(f"more than {wire.KEYS_MAX} keys")
 
-    def leave(self, address: str, now_s: float) -> None:
+    def _uses_in(self, loads: wire.Loads) -> dict[str, _Use]:
+        """The uses that a peer reports, in intervals of this replica."""
+        interval, past_ms = self._table.moment()
+        windows = loads.key_windows
+        if windows is None:  # when its requests were counted is not known
+            return {
+                name: _Use(in_flight, interval, _one(requests), _one(tokens))
+                for name, (in_flight, requests, tokens) in loads.keys.items()
+            }
+        if len(windows.counts) != len(loads.keys):
+            raise wire.BadFrame(f"{len(loads.keys)} keys, but {len(windows.counts)} windows")
+        # Otherwise the peer's previous interval ended in our current one.
+        is_aligned = windows.past_ms >= past_ms
+        return {
+            name: _Use(in_flight, interval, *(counts if is_aligned else map(_joined, counts)))
+            for (name, (in_flight, *_)), counts in zip(
+                loads.keys.items(), windows.counts, strict=True
+            )
+        }
+
+    def leave(self, address: str) -> None:
         """A peer has left, or is silent for too long: it has nothing in flight any more."""
-        self._put(self._retire(address, now_s))
+        peer = self._peers.get(address)
+        if peer is None or peer.is_gone:
+            return
+        peer.is_gone = True
+        for name, use in peer.uses.items():
+            peer.uses[name] = use._replace(in_flight=0)
+            self._write(name)
 
-    def _retire(self, address: str, now_s: float) -> Set[str]:
-        """Keep what a peer has counted for another minute. Returns the names of the keys."""
-        reported = self._reported.pop(address, {})
-        if reported:
-            left = {name: (0, requests, tokens) for name, (_, requests, tokens) in reported.items()}
-            self._left[address] = now_s, left
-        return reported.keys()
+    def age(self) -> None:
+        """Drop what is more than a minute old, once in each interval."""
+        interval, _ = self._table.moment()
+        if interval == self._aged:
+            return
+        self._aged = interval
+        for address, peer in list(self._peers.items()):
+            for uses in (peer.uses, peer.earlier):
+                for name in [name for name, use in uses.items() if use.is_over(interval)]:
+                    del uses[name]
+            if peer.is_gone and not peer.uses and not peer.earlier:
+                del self._peers[address]
 
-    def age(self, now_s: float) -> None:
-        """Drop what was reported by peers that left a minute ago."""
-        for address, (left_s, left) in list(self._left.items()):
-            if now_s - left_s >= LEFT_S:
-                del self._left[address]
-                self._put(left)
+    def key_changed(self, name: str) -> None:
+        """A key was added, changed or removed.
 
-    def put(self, name: str) -> None:
-        """Write the sum of a key, for example because it has a row now."""
+        Nothing is kept of a removed one, so that another key with its name begins at 0.
+        """
+        if name in self._keys.rows:
+            self._write(name)
+            return
+        for peer in self._peers.values():
+            peer.uses.pop(name, None)
+            peer.earlier.pop(name, None)
+
+    def _retire(self, peer: _Peer) -> None:
+        """A peer's process may be over: keep what it and those before it have counted."""
+        interval, _ = self._table.moment()
+        names = dict.fromkeys(chain(peer.uses, peer.earlier))
+        kept = {}
+        for name in islice(names, wire.KEYS_MAX):
+            requests, tokens = self._counts(peer, name, interval)
+            kept[name] = _Use(0, interval, requests, tokens)
+        peer.earlier = kept
+
+    def _counts(self, peer: _Peer, name: str, interval: int) -> list[tuple[int, ...]]:
+        """The requests and tokens that the processes of a peer have counted, by age.
+
+        If it is not known whether the latest one has only lost the connection, what it reports may
+        include what was reported before. The larger one then counts.
+        """
+        uses = [uses[name] for uses in (peer.earlier, peer.uses) if name in uses]
+        merge = _sum if peer.process else _largest
+        return [
+            merge([_at(use.requests, interval - use.interval) for use in uses]),
+            merge([_at(use.tokens, interval - use.interval) for use in uses]),
+        ]
+
+    def _write(self, name: str) -> None:
+        """Write the sums of a key, if it has a row."""
         lease = self._keys.rows.get(name)
         if lease is None:
             return
-        uses = [self._use(address, name) for address in self._reported.keys() | self._left.keys()]
-        in_flight, requests, tokens = map(sum, zip(UNUSED, *uses, strict=True))
-        self._table.set_peers(*lease, in_flight, requests, tokens)
+        interval, _ = self._table.moment()
+        peers = [p for p in self._peers.values() if name in p.uses or name in p.earlier]
+        counts = [self._counts(peer, name, interval) for peer in peers]
+        in_flight = sum(peer.uses[name].in_flight for peer in peers if name in peer.uses)
+        requests = _sum([requests for requests, _ in counts])
+        tokens = _sum([tokens for _, tokens in counts])
+        self._table.set_peers(*lease, in_flight, interval, requests, tokens)
 
-    def _use(self, address: str, name: str) -> wire.KeyUse:
-        """What a peer has used of a key.
 
-        If it has only lost the connection, what it reports includes what it has reported before.
-        """
-        in_flight, requests, tokens = self._reported.get(address, {}).get(name, UNUSED)
-        _, requests_left, tokens_left = self._left.get(address, (0.0, {}))[1].get(name, UNUSED)
-        return in_flight, max(requests, requests_left), max(tokens, tokens_left)
+def _one(count: int) -> tuple[int, ...]:
+    return (count,) if count else ()
 
-    def _put(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.put(name)
+
+def _joined(counts: Sequence[int]) -> tuple[int, ...]:
+    """Counts by age, with the two latest intervals as one."""
+    return (sum(counts[:2]), *counts[2:]) if counts else ()
+
+
+def _at(counts: tuple[int, ...], intervals: int) -> tuple[int, ...]:
+    """Counts by age some intervals later; those that are more than a minute old are left out."""
+    if not intervals or not counts:
+        return counts
+    size = wire.INTERVALS_MAX
+    return ((0,) * min(intervals, size) + counts)[:size]
+
+
+def _sum(each: Collection[tuple[int, ...]]) -> tuple[int, ...]:
+    if len(each) == 1:
+        return next(iter(each))
+    length = max(map(len, each), default=0)
+    return tuple(sum(counts[age] for counts in each if age < len(counts)) for age in range(length))
+
+
+def _largest(each: Collection[tuple[int, ...]]) -> tuple[int, ...]:
+    return max(each, key=sum, default=())

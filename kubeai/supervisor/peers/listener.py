@@ -39,10 +39,14 @@ class OwnIdentity(KubeAIError):
 
 
 class Report(NamedTuple):
-    """A peer's report. ``whole``: complete, rather than changes since the previous one."""
+    """A peer's report. ``whole``: complete, rather than changes since the previous one.
+
+    ``process``: see `wire.Hello`.
+    """
 
     loads: wire.Loads
     whole: bool
+    process: str = ""
 
 
 async def listen(
@@ -82,6 +86,7 @@ async def _subscribe(
 
 async def _stream(stream: aiohttp.StreamReader, identity: str) -> AsyncGenerator[Report, None]:
     whole = True
+    process = ""
     while True:
         try:
             body = await read_frame(stream, wire.FRAME_MAX_BYTES)
@@ -89,10 +94,12 @@ async def _stream(stream: aiohttp.StreamReader, identity: str) -> AsyncGenerator
             raise wire.BadFrame(str(error)) from None
         frame = wire.decode(body)
         if isinstance(frame, wire.Loads):
-            yield Report(frame, whole)
+            yield Report(frame, whole, process)
             whole = False
         elif frame.identity == identity:
             raise OwnIdentity(identity)
+        else:
+            process = frame.process
         await asyncio.sleep(READ_INTERVAL_MIN_S)
 
 

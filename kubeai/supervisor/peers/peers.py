@@ -140,9 +140,10 @@ class Peers:
         self._put_queue(model)
 
     def key_changed(self, name: str) -> None:
-        """A key was added or changed: write what the peers have counted for it."""
+        """A key was added, changed or removed: write what the peers have counted for it."""
+        self._feed.key_changed(name)
         if self._uses is not None:
-            self._uses.put(name)
+            self._uses.key_changed(name)
 
     def freed(self, owners: Collection[RowOwner]) -> None:
         """A load table row of each of these owners has been freed."""
@@ -185,7 +186,7 @@ class Peers:
             self._tasks.pop(address).cancel()
             self._view.leave(address)
             if self._uses is not None:
-                self._uses.leave(address, self._clock())
+                self._uses.leave(address)
         for address in wanted - self._tasks.keys():
             self._join(address)
 
@@ -205,10 +206,10 @@ class Peers:
             words = listen(self._session, address, self._identity, metrics_first=fixed)
             try:
                 async with contextlib.aclosing(words):
-                    async for loads, whole in words:
+                    async for loads, whole, process in words:
                         self._view.take(peer, loads, self._clock(), whole)
                         if self._uses is not None:
-                            self._uses.take(address, loads.keys, self._clock(), whole=whole)
+                            self._uses.take(address, loads, whole=whole, process=process)
                         self._note(loads.prompts or ())
                         if logged is not None:
                             logged = None
@@ -240,8 +241,8 @@ class Peers:
             if self._uses is not None:
                 for address, peer in self._view.peers.items():
                     if peer.silent_s(now_s) > HOLD_S:
-                        self._uses.leave(address, now_s)
-                self._uses.age(now_s)
+                        self._uses.leave(address)
+                self._uses.age()
 
     # -- the prefix index ------------------------------------------------------------------------
 

@@ -35,6 +35,10 @@ Ended = Annotated[int, msgspec.Meta(ge=0)]
 KeyInFlight = Annotated[int, msgspec.Meta(ge=0, le=COUNT_MAX)]
 Used = Annotated[int, msgspec.Meta(ge=0, le=USE_MAX)]
 KeyUse = tuple[KeyInFlight, Used, Used]  # in flight; requests and tokens of the last minute
+INTERVALS_MAX = 7  # the last minute, and the interval that is leaving it
+# By age in intervals of 10 s, without zeros at the end.
+Counts = Annotated[tuple[Used, ...], msgspec.Meta(max_length=INTERVALS_MAX)]
+KeyWindow = tuple[Counts, Counts]  # requests and tokens
 # The first waiting request of a Model: its priority, its start tag, and the Model's virtual time.
 Tag = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
 Head = tuple[Annotated[int, msgspec.Meta(ge=-1000, le=1000)], Tag, Tag]
@@ -49,9 +53,20 @@ class SentPrompt(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", array_like=True):
-    """Identifies the sender, by the identity with which it would hold the lease."""
+    """Identifies the sender, by the identity with which it would hold the lease.
+
+    ``process`` differs for each of its processes. Empty: its version does not say.
+    """
 
     identity: str
+    process: str = ""
+
+
+class KeyWindows(msgspec.Struct, frozen=True, array_like=True):
+    """When the sender has counted the uses of keys in the same frame."""
+
+    past_ms: Annotated[int, msgspec.Meta(ge=0, le=10_000)]  # of the sender's current interval
+    counts: list[KeyWindow]  # of the frame's keys, in their order
 
 
 class Loads(msgspec.Struct, frozen=True, tag="loads", array_like=True):
@@ -69,6 +84,7 @@ class Loads(msgspec.Struct, frozen=True, tag="loads", array_like=True):
     prompts: Annotated[list[SentPrompt], msgspec.Meta(max_length=PROMPTS_MAX)] | None = None
     keys: dict[str, KeyUse] = {}  # by name. Versions before this field ignore it
     queues: dict[str, Head] = {}  # by Model; of those above, none waits if missing
+    key_windows: KeyWindows | None = None  # None: no keys, or the sender's version has none
 
 
 class BadFrame(KubeAIError):

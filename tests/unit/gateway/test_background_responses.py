@@ -95,6 +95,20 @@ async def test_the_tokens_that_the_engine_reports_in_the_end_are_charged_and_cou
     assert keyed.key.mean_output_tokens == 4000
 
 
+async def test_with_all_requests_in_flight_used_responses_can_be_read_and_cancelled(keyed):
+    keyed.add("k", requests_per_minute=100, in_flight_max=1)
+    await keyed.start(max_output_tokens=300)
+    refused = await (await keyed.ask()).answer()
+    assert (refused.status, json.loads(refused.body)["error"]["type"]) == (429, "requests")
+    for method, path in (("GET", ""), ("POST", "/cancel")):
+        wire = await keyed.world.client()
+        head = f"{method} {PATH}/{keyed.engine.id}{path} HTTP/1.1\r\nHost: x\r\n{bearer('k')}\r\n"
+        await wire.send(f"{head}Content-Length: 0\r\n\r\n".encode())
+        assert (await wire.answer()).status == 200
+    await until(lambda: keyed.following == 0, "the response is settled")
+    assert keyed.use("k").requests == 3, "they count as requests"
+
+
 async def test_it_is_an_active_request_at_its_endpoint_until_it_is_done(keyed):
     await keyed.start()
     assert (keyed.world.active("m"), keyed.world.in_flight("m")) == (1, 1)

@@ -6,6 +6,7 @@ loads with the other one, over HTTP.
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
@@ -20,8 +21,9 @@ from kubeai._limits import charge
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.routing.publisher import Publisher
+from kubeai.supervisor.memory import KEY_ROWS
 from kubeai.supervisor.peers import wire
-from kubeai.supervisor.peers.key_uses import GONE_MAX_KEYS, LEFT_S, KeyFeed, PeerUses
+from kubeai.supervisor.peers.key_uses import GONE_MAX_KEYS, KeyFeed, PeerUses
 from kubeai.supervisor.peers.peers import LOADS_PATH, Peers
 from kubeai.supervisor.peers.view import HOLD_S
 
@@ -67,12 +69,22 @@ class Replica:
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         return await self.peers.serve(request)
 
+    async def restart(self) -> None:
+        """Become another process at the same address, which has counted nothing."""
+        await self._end()
+        for name in list(self.keys.rows):
+            self.keys.remove(name)
+        await self.start([])
+
     async def vanish(self) -> None:
         """Stop to exchange anything."""
+        await self._end()
+        await self._runner.cleanup()
+
+    async def _end(self) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self.peers.close()
-        await self._runner.cleanup()
 
     async def stop(self) -> None:
         await self.vanish()
@@ -158,7 +170,7 @@ async def test_replicas_that_have_not_heard_of_each_other_exceed_a_limit_by_what
             assert refused.excess == "requests", "what was exceeded counts for the next minute"
 
 
-async def test_what_a_replica_counted_before_it_became_silent_counts_for_another_minute():
+async def test_what_a_replica_counted_before_it_became_silent_counts_until_it_is_a_minute_old():
     async with replicas() as (one, other):
         other.keys.add("k")
         held = one.charge(reserve=50)
@@ -166,12 +178,45 @@ async def test_what_a_replica_counted_before_it_became_silent_counts_for_another
         await one.vanish()
         other.clock.now_s += HOLD_S + 1
         await until("it has nothing in flight any more", lambda: other.use() == Use(0, 1, 50))
-        other.clock.now_s += LEFT_S
-        await until("a minute has passed", lambda: other.use() == Use(0, 0, 0))
+        now_s = time.monotonic()
+        other.table.clock = Clock(now_s + 50)
+        assert other.use() == Use(0, 1, 50)
+        other.table.clock = Clock(now_s + 80)
+        assert other.use() == Use(0, 0, 0)
+        held.end()
+
+
+async def test_what_a_replica_counted_before_it_restarts_is_added_to_what_it_counts_later():
+    async with replicas() as (one, other):
+        other.keys.add("k")
+        one.charge(reserve=50).end()
+        await until("it is counted at the other", lambda: other.use() == Use(0, 1, 50))
+        for requests in (2, 3):
+            await one.restart()
+            one.charge(reserve=50).end()
+            await until(
+                "both are counted",
+                lambda: other.use() == Use(0, requests, 50 * requests),  # noqa: B023
+            )
+
+
+async def test_a_key_that_is_removed_is_no_longer_counted_at_the_other_replica():
+    async with replicas() as (one, other):
+        other.keys.add("k")
+        held = one.charge()
+        await until("it is counted at the other", lambda: other.use() == Use(1, 1, 0))
+        one.keys.remove("k")
+        one.peers.key_changed("k")
+        await until("it is not counted any more", lambda: other.use() == Use(0, 0, 0))
         held.end()
 
 
 # -- reports, without a connection -----------------------------------------------------------------
+
+
+def summed(**uses: wire.KeyUse) -> wire.Loads:
+    """What a replica of a version reports that does not say when it has counted something."""
+    return wire.Loads(keys=uses)
 
 
 @pytest.fixture
@@ -197,18 +242,24 @@ def test_only_changed_keys_are_reported_and_idle_ones_once_more(table, worker):
     charge(worker, *keys.add("a"), reserve=5).end()
     charge(worker, *keys.add("b")).end()
     assert feed.read(1)
-    assert feed.since(0) == {"a": (0, 1, 5), "b": (0, 1, 0)}
+    assert feed.since(0) == (
+        {"b": (0, 1, 0), "a": (0, 1, 5)},
+        wire.KeyWindows(0, [((1,), ()), ((1,), (5,))]),
+    )
     assert not feed.read(2)
-    assert feed.since(1) == {}
+    assert feed.since(1) == ({}, None)
     held = charge(worker, *keys.add("b"))
     assert feed.read(2)
-    assert feed.since(1) == {"b": (1, 2, 0)}
+    assert feed.since(1) == ({"b": (1, 2, 0)}, wire.KeyWindows(0, [((2,), ())]))
     held.end()
-    table.clock.now_s += 70
+    table.clock.now_s += 22.5
     assert feed.read(3)
-    assert feed.since(2) == {"a": (0, 0, 0), "b": (0, 0, 0)}
-    assert feed.since(0) == {}
-    assert not feed.read(4)
+    assert feed.since(2)[1] == wire.KeyWindows(2500, [((0, 0, 2), ()), ((0, 0, 1), (0, 0, 5))])
+    table.clock.now_s += 47.5
+    assert feed.read(4)
+    assert feed.since(3)[0] == {"a": (0, 0, 0), "b": (0, 0, 0)}
+    assert feed.since(0) == ({}, None)
+    assert not feed.read(5)
 
 
 def test_a_deleted_key_is_reported_as_unused(table, worker):
@@ -219,7 +270,7 @@ def test_a_deleted_key_is_reported_as_unused(table, worker):
     keys.remove("a")
     held.end()
     feed.read(2)
-    assert feed.since(1) == {"a": (0, 0, 0)}
+    assert feed.since(1) == ({"a": (0, 0, 0)}, wire.KeyWindows(0, [((), ())]))
 
 
 def test_the_memory_for_deleted_keys_is_bounded(table, worker):
@@ -231,52 +282,74 @@ def test_the_memory_for_deleted_keys_is_bounded(table, worker):
             generation = table.open_row(0)
         charge(worker, 0, generation).end()
         feed.read(number + 1)
-    assert len(feed.since(1)) <= GONE_MAX_KEYS + 1
+    assert len(feed.since(1)[0]) <= GONE_MAX_KEYS + 1
 
 
 def test_the_uses_of_several_peers_are_added_up(table):
     keys = Rows(table)
     row, _ = keys.add("k")
     uses = PeerUses(table, keys)
-    uses.take("a", {"k": (1, 10, 100), "unknown": (9, 9, 9)}, 0.0, whole=True)
-    uses.take("b", {"k": (2, 20, 200)}, 0.0, whole=True)
+    uses.take("a", summed(k=(1, 10, 100), unknown=(9, 9, 9)), whole=True)
+    uses.take("b", summed(k=(2, 20, 200)), whole=True)
     assert table.use(row) == Use(3, 30, 300)
-    uses.take("a", {"k": (0, 11, 110)}, 0.0)
+    uses.take("a", summed(k=(0, 11, 110)))
     assert table.use(row) == Use(2, 31, 310)
-    uses.take("b", {}, 0.0, whole=True)
-    assert table.use(row) == Use(0, 31, 310), "it has started again"
-    uses.take("b", {"k": (1, 5, 50)}, 1.0)
-    assert table.use(row) == Use(1, 31, 310)
-    uses.age(LEFT_S)
-    assert table.use(row) == Use(1, 16, 160)
-    uses.take("b", {"k": (0, 0, 0)}, LEFT_S)
     later, _ = keys.add("unknown")
     assert table.use(later) == Use(0, 0, 0)
-    uses.put("unknown")
+    uses.key_changed("unknown")
     assert table.use(later) == Use(9, 9, 9)
+    uses.take("a", summed(k=(0, 0, 0)))
+    assert table.use(row) == Use(2, 20, 200)
 
 
-def test_a_peer_that_comes_back_is_not_counted_twice(table):
+@pytest.mark.parametrize("process", ["", "p"], ids=["version without processes", "this version"])
+def test_a_peer_that_comes_back_is_not_counted_twice(table, process):
     keys = Rows(table)
     row, _ = keys.add("k")
     uses = PeerUses(table, keys)
-    uses.take("a", {"k": (1, 10, 100)}, 0.0, whole=True)
-    uses.leave("a", 0.0)
+    uses.take("a", summed(k=(1, 10, 100)), whole=True, process=process)
+    uses.leave("a")
     assert table.use(row) == Use(0, 10, 100)
-    uses.take("a", {"k": (1, 12, 120)}, 0.0, whole=True)
+    uses.take("a", summed(k=(1, 12, 120)), whole=True, process=process)
     assert table.use(row) == Use(1, 12, 120)
-    uses.leave("a", 10.0)
-    uses.age(LEFT_S + 9)
+    uses.leave("a")
+    table.clock.now_s += 59
+    uses.age()
     assert table.use(row) == Use(0, 12, 120)
-    uses.age(LEFT_S + 10)
+    table.clock.now_s += 11
+    uses.age()
     assert table.use(row) == Use(0, 0, 0)
+    uses.take("a", summed(), whole=True, process="later")
+    assert table.use(row) == Use(0, 0, 0)
+
+
+def test_a_peer_of_a_version_without_processes_keeps_the_larger_of_what_it_reports(table):
+    keys = Rows(table)
+    row, _ = keys.add("k")
+    uses = PeerUses(table, keys)
+    for requests, most in ((50, 50), (1, 50), (0, 50), (60, 60), (2, 60)):
+        uses.take("a", summed(k=(0, requests, 0)), whole=True)
+        assert table.use(row).requests == most
+    uses.take("a", summed(k=(0, 5, 0)), whole=True, process="of this version")
+    assert table.use(row).requests == 65
 
 
 def test_a_peer_with_too_many_keys_is_refused(table):
     uses = PeerUses(table, Rows(table))
     names = {f"key-{number}": (1, 1, 1) for number in range(wire.KEYS_MAX + 1)}
     with pytest.raises(wire.BadFrame, match="more than 65536 keys"):
-        uses.take("a", names, 0.0, whole=True)
+        uses.take("a", wire.Loads(keys=names), whole=True)
+
+
+def test_a_report_with_other_keys_than_windows_is_refused(table):
+    keys = Rows(table)
+    row, _ = keys.add("k")
+    uses = PeerUses(table, keys)
+    uses.take("a", summed(k=(1, 2, 3)), whole=True)
+    bad = wire.Loads(keys={"k": (0, 0, 0)}, key_windows=wire.KeyWindows(0, []))
+    with pytest.raises(wire.BadFrame, match="1 keys, but 0 windows"):
+        uses.take("a", bad, whole=True)
+    assert table.use(row) == Use(1, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +359,31 @@ def test_invalid_uses_make_a_frame_invalid(use):
     body = wire.encode(wire.Loads(keys={"k": use}))[4:]
     with pytest.raises(wire.BadFrame):
         wire.decode(body)
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        wire.KeyWindows(-1, []),
+        wire.KeyWindows(10_001, []),
+        wire.KeyWindows(0, [((-1,), ())]),
+        wire.KeyWindows(0, [((), (wire.USE_MAX + 1,))]),
+        wire.KeyWindows(0, [((0,) * 8, ())]),
+    ],
+)
+def test_invalid_windows_make_a_frame_invalid(windows):
+    body = wire.encode(wire.Loads(key_windows=windows))[4:]
+    with pytest.raises(wire.BadFrame):
+        wire.decode(body)
+
+
+def test_the_largest_complete_report_fits_in_a_frame(table):
+    use = (wire.COUNT_MAX, wire.USE_MAX, wire.USE_MAX)
+    names = {f"{number:0253}": use for number in range(KEY_ROWS)}
+    window = ((60,) * wire.INTERVALS_MAX, (1 << 32,) * wire.INTERVALS_MAX)
+    windows = wire.KeyWindows(0, [window] * KEY_ROWS)
+    frame = wire.encode(wire.Loads(keys=names, key_windows=windows))
+    assert len(frame) < wire.FRAME_MAX_BYTES
 
 
 def test_versions_without_keys_and_this_one_understand_each_other():
@@ -301,3 +399,29 @@ def test_versions_without_keys_and_this_one_understand_each_other():
     old = msgspec.msgpack.decode(new, type=Loads)
     assert (old.models, old.endpoints) == ({"m": (1, 2)}, {"a": 3})
     assert wire.decode(msgspec.msgpack.encode(old)) == wire.Loads({"m": (1, 2)}, {"a": 3})
+
+
+def test_versions_without_windows_and_this_one_understand_each_other():
+    class Loads(msgspec.Struct, frozen=True, tag="loads", array_like=True):
+        """The frame before it had windows."""
+
+        models: dict[str, tuple[int, int] | None] = {}
+        endpoints: dict[str, int] = {}
+        pending: dict[str, int] = {}
+        prompts: list | None = None
+        keys: dict[str, tuple[int, int, int]] = {}
+        queues: dict[str, tuple[int, int, int]] = {}
+
+    class Hello(msgspec.Struct, frozen=True, tag="hello", array_like=True):
+        """The frame before it had a process."""
+
+        identity: str
+
+    windows = wire.KeyWindows(0, [((2,), (3,))])
+    new = wire.encode(wire.Loads(keys={"k": (1, 2, 3)}, key_windows=windows))[4:]
+    old = msgspec.msgpack.decode(new, type=Loads)
+    assert old.keys == {"k": (1, 2, 3)}
+    assert wire.decode(msgspec.msgpack.encode(old)) == wire.Loads(keys={"k": (1, 2, 3)})
+    hello = msgspec.msgpack.decode(wire.encode(wire.Hello("one", "p"))[4:], type=Hello)
+    assert hello.identity == "one"
+    assert wire.decode(msgspec.msgpack.encode(hello)) == wire.Hello("one")
