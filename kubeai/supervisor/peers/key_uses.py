@@ -6,11 +6,11 @@ keys by name, because each peer assigns rows of its own. A report is a state, no
 the requests in flight, and the requests and tokens of the last minute, by the intervals of the key
 table in which they were counted. So a lost report leaves nothing behind.
 
-Intervals begin at other times at each KubeAI replica, because the clocks of machines differ. What a peer
-has counted in an interval is recorded in the receiver's interval in which that one ends. It
+Intervals begin at other times at each KubeAI replica, because the clocks of machines differ. What a
+peer has counted in an interval is recorded in the receiver's interval in which that one ends. It
 therefore counts for at most 10 s longer than at the peer, and never for a shorter time. Recorded
-counts age by themselves, so those of a peer that has left or restarted still count until they
-are a minute old, and limits hold during a rolling update. Used by peers.py and feed.py.
+counts age by themselves, so those of a peer that has left or restarted still count until they are a
+minute old, and limits hold during a rolling update. Used by peers.py and feed.py.
 """
 
 from __future__ import annotations
