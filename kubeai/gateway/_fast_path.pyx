@@ -113,6 +113,7 @@ cdef class FastPath(EarlyStream):
     cdef public object _retries  # set once an attempt has failed
     cdef public bint _is_pinned  # to its endpoint: no other can serve it
     cdef public bint _lost  # the last failed attempt lost its connection
+    cdef public bint _is_unanswered  # the last attempt was given up after it had been sent
     cdef public object _observed  # None: this request is not observed
     cdef public object _max_wait_s  # the client's limit on the wait for an endpoint; None: none
     cdef public double _waited_s  # for an endpoint so far
@@ -258,6 +259,7 @@ cdef class FastPath(EarlyStream):
         if self.answered:
             self.downstream._cut(self.downstream.head.http10)
         else:
+            self._is_unanswered = self.upstream is not None
             self._hook(self.revoked)
         return 0
 
@@ -387,7 +389,7 @@ cdef class FastPath(EarlyStream):
                     context.usage_refusals = UsageRefusals()
                 context.usage_refusals.add(self._routed)
         elif not is_reported:
-            if self._response_id is not None and self._has_response():
+            if self._response_id is not None and (self._has_response() or self._is_unanswered):
                 is_followed = self.is_followed(0, 0)
             if not is_followed and self._routed.picker.queues is not None:
                 self._settle_estimate()
@@ -455,7 +457,7 @@ cdef class FastPath(EarlyStream):
         if (
             self._kind is RESPONSES
             and not is_reported
-            and self._has_response()
+            and (self._has_response() or self._is_unanswered)
             and self.is_followed(
                 usage.prompt_tokens,
                 usage.output_tokens if asks_to_stream(<InferenceRequest> self._request) else 0,
@@ -548,7 +550,7 @@ cdef class FastPath(EarlyStream):
 
         When it is done, it is counted for its key, and the charge, the Admission and the
         Reservation end. Both numbers are estimates; the client of a stream was sent
-        ``sent_tokens``.
+        ``sent_tokens``. ``prompt_tokens`` 0: no response has begun.
         """
         raise NotImplementedError
 

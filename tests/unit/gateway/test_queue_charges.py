@@ -112,6 +112,18 @@ async def test_a_response_in_the_background_is_paid_once_when_it_is_done(keyed):
     assert 4000 < paid(world, "stays") < 4500
 
 
+async def test_a_response_in_the_background_that_is_cancelled_is_paid(keyed):
+    world, engine = keyed.world, Storing()
+    world.route("m", {"a": await world.engine(engine)}, capacity=8)
+    wire = await world.client()
+    body = {"model": "m", "input": TEXT, "background": True, "max_output_tokens": 9000}
+    await wire.send(post(RESPONSES, json.dumps(body).encode(), bearer("leaves")))
+    assert (await wire.answer()).status == 200
+    engine.end(status="cancelled")
+    await until(lambda: len(world.context.background_responses) == 0, "it is settled")
+    assert 9000 < paid(world, "leaves") < 9500
+
+
 async def test_an_answer_without_usage_is_estimated_from_its_size(keyed):
     async def silent(wire: Wire, request: Message) -> None:
         await wire.send(answer(200, b"{%b}" % (b"x" * 20_000)))
