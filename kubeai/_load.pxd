@@ -1,7 +1,8 @@
 """Declarations of the load table for other compiled modules; see ``_load.pyx`` for its guarantees.
 
 All atomics are declared here. All are relaxed: a cell has one writer, and readers need a recent
-value but no ordering. On x86-64 and arm64 they compile to plain aligned moves.
+value but no ordering. On x86-64 and arm64 they compile to plain aligned moves, except ``swap``,
+which changes another writer's cell, but only if that has not been written meanwhile.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
@@ -28,6 +29,10 @@ cdef extern from *:
     static inline void kb_down(int32_t *cell) {
         int32_t value = kb_get(cell);
         if (value > 0) kb_put(cell, value - 1);
+    }
+    static inline int kb_swap(uint64_t *cell, uint64_t from, uint64_t to) {
+        return __atomic_compare_exchange_n(
+            cell, &from, to, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
     }
     static inline void kb_count(uint64_t *cell, uint64_t by) { kb_put(cell, kb_get(cell) + by); }
 
@@ -110,6 +115,7 @@ cdef extern from *:
     void put_u64 "kb_put"(uint64_t *cell, uint64_t value) nogil
     double get_time "kb_get_time"(const double *cell) nogil
     void put_time "kb_put_time"(double *cell, double value) nogil
+    bint swap "kb_swap"(uint64_t *cell, uint64_t expected, uint64_t value) nogil
     void up "kb_up"(int32_t *cell) nogil
     void down "kb_down"(int32_t *cell) nogil
     void count "kb_count"(uint64_t *cell, uint64_t by) nogil

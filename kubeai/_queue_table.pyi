@@ -42,7 +42,10 @@ class QueueTable(SharedTable):
         Times, accounts and counters are kept.
         """
     def set_peers(self, row: int, priority: int, start: int) -> None:
-        """Record the first request in the peers' queues. Called by the supervisor."""
+        """Record the first request in the peers' queues. Called by the supervisor.
+
+        If it has not changed, it stays blocked.
+        """
     def clear_peers(self, row: int) -> None:
         """No request waits at a peer."""
     def advance(self, row: int, now: int) -> None:
@@ -73,6 +76,11 @@ class QueueTable(SharedTable):
         """This worker's queue of a model is empty."""
     def head(self, row: int, column: int) -> int:
         """The head in a column, to tell whether it has changed; 0: no request waits there."""
+    def block(self, row: int, column: int, head: int) -> None:
+        """Block the head of a worker or replica that does not serve it, unless it has changed.
+
+        It stays blocked until it is published again.
+        """
     def best(self, row: int, skip: int = 0) -> int:
         """The column of the head that is served first, or -1; the last column: a peer's.
 

@@ -12,7 +12,8 @@ go to the request that is first in all of them, so the queues share three things
 - *Waits*: the requests in the queues and how long requests waited, by class of priority.
 
 Like in the load table, each cell has one writer: the worker of its column, or for the last column
-the supervisor, which records the first of the peers' heads and their latest time. The
+the supervisor, which records the first of the peers' heads and their latest time. The only
+exception: any worker may block a head that is not served, until its writer publishes it again. The
 virtual time and a tenant's account are the maxima over the columns, so no lock is needed, and two
 workers that serve a tenant at the same instant lose the charge for one request. Accounts are
 hashed: tenants whose hashes agree in 48 bits share an account. A tenant whose account is evicted by
@@ -35,7 +36,7 @@ from libc.string cimport memset
 
 import os
 
-from kubeai._load cimport count, get_u32, get_u64, put_u32, put_u64
+from kubeai._load cimport count, get_u32, get_u64, put_u32, put_u64, swap
 from kubeai._shared_memory cimport SharedMemory, lines
 from kubeai._shared_table cimport (
     WORKERS_MAX,
@@ -191,10 +192,12 @@ cdef class QueueTable(SharedTable):
 
     def set_peers(self, Py_ssize_t row, int priority, uint64_t start):
         """See the stub."""
+        cdef uint64_t head = head_of(priority, start)
+        cdef uint64_t *cell
         self._check_row(row)
-        put_u64(
-            &self.head_cells[row * self.stride + self.columns - 1], head_of(priority, start)
-        )
+        cell = &self.head_cells[row * self.stride + self.columns - 1]
+        if get_u64(cell) & ~BLOCKED != head:  # a head that has not changed stays blocked
+            put_u64(cell, head)
 
     def clear_peers(self, Py_ssize_t row):
         """See the stub."""
@@ -341,6 +344,14 @@ cdef class QueueTable(SharedTable):
         if not 0 <= column < self.columns:
             raise IndexError(f"column must be 0 to {self.columns - 1}, not {column}")
         return get_u64(&self.head_cells[row * self.stride + column])
+
+    def block(self, Py_ssize_t row, int column, uint64_t head):
+        """See the stub."""
+        self._check_row(row)
+        if not 0 <= column < self.columns:
+            raise IndexError(f"column must be 0 to {self.columns - 1}, not {column}")
+        if head:
+            swap(&self.head_cells[row * self.stride + column], head, head | BLOCKED)
 
     cdef int _best(self, Py_ssize_t row, int columns, uint64_t skip) noexcept:
         """The column of the first head among the first ``columns``; ``skip``: bits of columns."""

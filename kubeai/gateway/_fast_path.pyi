@@ -38,6 +38,7 @@ class FastPath(EarlyStream):
     _retries: Retries | None  # set once an attempt has failed
     _is_pinned: bool  # to its endpoint: no other can serve it
     _lost: bool  # the last failed attempt lost its connection
+    _is_unanswered: bool  # the last attempt was given up after it had been sent
     _observed: object  # None: this request is not observed
     _max_wait_s: float | None  # the client's limit on the wait for an endpoint
     _waited_s: float  # for an endpoint so far

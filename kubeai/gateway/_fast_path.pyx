@@ -10,7 +10,7 @@ without a ready endpoint, and failures. Its decisions are the same as the subcla
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
-from libc.string cimport memchr, memcpy
+from libc.string cimport memcpy
 
 from kubeai._cache_line cimport prefetch
 from kubeai._clock cimport coarse_now, now
@@ -44,12 +44,12 @@ from kubeai._prompt cimport Prompt
 from kubeai.gateway._credentials cimport NO_PROBLEM, Credential, confirm, take_key
 from kubeai.gateway._fast_path_context cimport FastPathContext, JsonRoute
 from kubeai.gateway._key_limits cimport charge_for, limit_lines, settle
-from kubeai.gateway._metering cimport Meter
+from kubeai.gateway._metering cimport Meter, tokens_in_bytes
 from kubeai.gateway._names cimport engines_json, find_model, renaming_of
+from kubeai.gateway._special_headers cimport is_special
 from kubeai.gateway.relay._early cimport EarlyStream
 from kubeai.gateway.relay._exchange cimport DownstreamEnd, Exchange, Pool
 from kubeai.gateway.relay._relay cimport Relay
-from kubeai.gateway.relay._text cimport Text, is_name
 from kubeai.gateway.relay._usage_filter cimport UsageFilter
 from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
 from kubeai.openai._prompt_scan cimport prompt_for
@@ -93,26 +93,6 @@ cdef inline uint8_t pick_of(Reservation reservation) noexcept:
     return PICK_NEW if reservation.reason == PICKED_NEW else PICK_LEAST
 
 
-cdef bint is_special(const Text *text) noexcept:
-    """Whether header lines have one that the fast path does not handle."""
-    cdef const char *at = text.at
-    cdef const char *end = text.at + text.size
-    cdef const char *line_end
-    cdef Py_ssize_t size
-    while at < end:
-        line_end = <const char *> memchr(at, c"\r", end - at)
-        size = line_end - at
-        if size > 16 and at[16] == c":":
-            if is_name(at, b"content-encoding", 16) or is_name(at, b"x-label-selector", 16):
-                return True
-        elif size > 17 and at[17] == c":" and is_name(at, b"x-kubeai-max-wait", 17):
-            return True
-        elif size > 29 and is_name(at, b"x-gateway-inference-", 20):  # llm-d's headers
-            return True
-        at = line_end + 2
-    return False
-
-
 cdef class FastPath(EarlyStream):
     """See the module docstring. The relay's context is a FastPathContext."""
 
@@ -133,6 +113,7 @@ cdef class FastPath(EarlyStream):
     cdef public object _retries  # set once an attempt has failed
     cdef public bint _is_pinned  # to its endpoint: no other can serve it
     cdef public bint _lost  # the last failed attempt lost its connection
+    cdef public bint _is_unanswered  # the last attempt was given up after it had been sent
     cdef public object _observed  # None: this request is not observed
     cdef public object _max_wait_s  # the client's limit on the wait for an endpoint; None: none
     cdef public double _waited_s  # for an endpoint so far
@@ -278,6 +259,7 @@ cdef class FastPath(EarlyStream):
         if self.answered:
             self.downstream._cut(self.downstream.head.http10)
         else:
+            self._is_unanswered = self.upstream is not None
             self._hook(self.revoked)
         return 0
 
@@ -354,7 +336,8 @@ cdef class FastPath(EarlyStream):
         cdef Picker picker = self._routed.picker
         if usage.prompt_tokens != <uint32_t> UNKNOWN_TOKENS:
             picker.learn_tokens(self._prompt, usage.prompt_tokens)
-        if picker.queues is not None:
+        # A stored response that is read was settled when it was computed.
+        if picker.queues is not None and (self.json_route is not None or not self._kind.is_stored):
             picker.settle(self._tenant, known(usage.output_tokens))
         self._reservation._count_reported(
             known(usage.prompt_tokens), known(usage.cached_tokens), known(usage.output_tokens)
@@ -405,11 +388,24 @@ cdef class FastPath(EarlyStream):
                 if context.usage_refusals is None:
                     context.usage_refusals = UsageRefusals()
                 context.usage_refusals.add(self._routed)
-        elif self._response_id is not None and not is_reported and self._has_response():
-            is_followed = self.is_followed(0, 0)
+        elif not is_reported:
+            if self._response_id is not None and (self._has_response() or self._is_unanswered):
+                is_followed = self.is_followed(0, 0)
+            if not is_followed and self._routed.picker.queues is not None:
+                self._settle_estimate()
         if self._admission._open and not is_followed:
             self._admission._close()
         return is_followed
+
+    cdef int _settle_estimate(self) except -1:
+        """Charge the tenant of a request without a key for output that no engine has reported."""
+        cdef InferenceRequest request = <InferenceRequest?> self._request
+        cdef bint streams = asks_to_stream(request)
+        cdef int64_t tokens
+        if (streams or request.generates) and self._has_response():
+            tokens = min(<int64_t> TOKENS_MAX, tokens_in_bytes(self.answer_bytes, streams))
+            self._routed.picker.settle(self._tenant, <uint32_t> tokens)
+        return 0
 
     cdef int _record(self, Journal journal) except -1:
         """Enter the request in the journal."""
@@ -461,7 +457,7 @@ cdef class FastPath(EarlyStream):
         if (
             self._kind is RESPONSES
             and not is_reported
-            and self._has_response()
+            and (self._has_response() or self._is_unanswered)
             and self.is_followed(
                 usage.prompt_tokens,
                 usage.output_tokens if asks_to_stream(<InferenceRequest> self._request) else 0,
@@ -469,6 +465,8 @@ cdef class FastPath(EarlyStream):
         ):
             self._charge = None  # ended with the response
             return True
+        if not is_reported and usage.output_tokens:  # as estimated
+            self._routed.picker.settle(tenant_of(self._key), usage.output_tokens)
         meter.count(self._key, model, usage, is_estimated)
         return False
 
@@ -552,7 +550,7 @@ cdef class FastPath(EarlyStream):
 
         When it is done, it is counted for its key, and the charge, the Admission and the
         Reservation end. Both numbers are estimates; the client of a stream was sent
-        ``sent_tokens``.
+        ``sent_tokens``. ``prompt_tokens`` 0: no response has begun.
         """
         raise NotImplementedError
 

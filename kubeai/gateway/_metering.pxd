@@ -6,6 +6,9 @@ from kubeai._keys cimport Key
 from kubeai.openai._usage cimport Usage
 
 
+cdef int64_t tokens_in_bytes(int64_t size_bytes, bint streams) noexcept
+
+
 cdef class Counts:
     cdef Key key  # None while nothing is counted
     cdef str model

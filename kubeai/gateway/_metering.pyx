@@ -30,6 +30,13 @@ cdef double STREAM_BYTES_PER_TOKEN = 220  # until one has been learned
 cdef double LEARNING_RATE = 0.05
 
 
+cdef int64_t tokens_in_bytes(int64_t size_bytes, bint streams) noexcept:
+    """Estimate the tokens in a response of a Model of which nothing has been learned."""
+    if not streams:
+        return max(<int64_t> 0, size_bytes - HEAD_BYTES) // BYTES_PER_TOKEN
+    return <int64_t> (size_bytes / STREAM_BYTES_PER_TOKEN)
+
+
 @cython.final
 @cython.freelist(64)
 cdef class Counts:
@@ -114,9 +121,9 @@ cdef class Meter:
 
     cdef int64_t tokens_in(self, str model, int64_t size_bytes, bint streams) except -1:
         """Estimate the tokens in a response of ``size_bytes``."""
-        if not streams:
-            return max(<int64_t> 0, size_bytes - HEAD_BYTES) // BYTES_PER_TOKEN
-        cdef double known = self.bytes_per_token.get(model, STREAM_BYTES_PER_TOKEN)
+        if not streams or model not in self.bytes_per_token:
+            return tokens_in_bytes(size_bytes, streams)
+        cdef double known = self.bytes_per_token[model]
         return <int64_t> (size_bytes / known)
 
     def take(self):

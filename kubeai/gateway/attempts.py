@@ -58,6 +58,8 @@ _FAILURES = {
     INVALID: "invalid HTTP response",
     TIMEOUT: "response timeout",
 }
+# The engine may have accepted the request nevertheless.
+_UNANSWERED = (LOST, INVALID, TIMEOUT)
 
 
 class AdmittedRequest(FastPath):
@@ -76,6 +78,7 @@ class AdmittedRequest(FastPath):
         if self._is_pinned:
             return False
         self._lost = failure == LOST
+        self._is_unanswered = failure in _UNANSWERED
         if failure == TIMEOUT:
             status = TIMED_OUT
         return self._attempts.wants(status, reservation.name, self._routed, self._request.adapter)
@@ -115,6 +118,7 @@ class AdmittedRequest(FastPath):
         )
         if other is not None:
             self.detach()
+            self._is_unanswered = True
             self._end_attempt("endpoint does not respond, moving the request")
             self._attempt(other)
 
@@ -129,6 +133,7 @@ class AdmittedRequest(FastPath):
         assert reservation is not None, "an attempt has a reservation"
         assert admission is not None, "only admitted requests are attempted"
         self._reservation = None
+        self._abandon_response(reservation)
         reservation.release()
         if self._upload is not None:
             self._upload.stop_sending()
@@ -152,6 +157,7 @@ class AdmittedRequest(FastPath):
     @override
     def give_up(self, failure: int) -> None:
         reason = _FAILURES[failure]
+        self._is_unanswered = failure == TIMEOUT
         if self._reservation is None:
             who = "supervisor" if is_console(self.target) else "gateway's local routes"
             log.error("upstream did not respond", upstream=who, reason=reason)
@@ -214,14 +220,12 @@ class AdmittedRequest(FastPath):
         reservation, admission, key = self._reservation, self._admission, self._key
         assert reservation is not None, "an attempt has a reservation"
         assert admission is not None, "an attempt has been admitted"
-        if self._response_id is None or self._payload is None or not self._may_go_on:
-            return False
-        if not is_background(self._payload):
+        if not self._may_be_in_background:
             return False
         reserved = expected_tokens(key, self._prompt, self._request) - self._prompt.tokens
         self.context.background_responses.follow(
             BackgroundResponse(
-                self._response_id,
+                cast(str, self._response_id),
                 cast(EndpointPool, reservation.target).host,
                 self._routed,
                 lookup_headers(self) if key is None else {},
@@ -229,12 +233,42 @@ class AdmittedRequest(FastPath):
                 reservation,
                 key,
                 self._charge,
-                prompt_tokens,
+                self._tenant,
+                prompt_tokens or self._prompt.tokens,
                 sent_tokens,
                 reserved,
             )
         )
         return True
+
+    def _abandon_response(self, reservation: Reservation) -> None:
+        """Have a failed attempt's engine cancel the response that it may have begun.
+
+        The client does not learn its ID, unless it has chosen it: other attempts use it as well.
+        """
+        is_unanswered, self._is_unanswered = self._is_unanswered, False
+        if not (is_unanswered and self._may_be_in_background):
+            return
+        if self._key is None and chosen_id(self._payload or b"") is not None:
+            return
+        self.context.background_responses.follow(
+            BackgroundResponse(
+                cast(str, self._response_id),
+                cast(EndpointPool, reservation.target).host,
+                self._routed,
+                lookup_headers(self) if self._key is None else {},
+            )
+        )
+
+    @property
+    def _may_be_in_background(self) -> bool:
+        """Whether the engine may compute a response in the background that can be asked for."""
+        return (
+            self._response_id is not None
+            and self._payload is not None
+            and self._may_go_on
+            and is_background(self._payload)
+        )
 
     @override
     def moved(self, reservation: Reservation, suppressed: int) -> None:

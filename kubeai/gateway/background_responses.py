@@ -13,19 +13,27 @@ been cancelled, or if this worker cannot learn its end; those that the client wa
 response has failed or is lost.
 
 An engine is asked after ``PAUSE_MIN_S``, then at growing intervals up to ``PAUSE_MAX_S``, and when
-the client asks for the response. A response whose key is revoked is cancelled. Limits:
-``FOLLOWED_MAX_COUNT`` responses at a time, each for ``FOLLOW_MAX_S``, or ``SILENT_MAX_S`` without
-an answer. Created by context.py, called by attempts.py, proxy.py and server.py, closed by the
-worker.
+the client asks for the response. A response is cancelled if its key is revoked, or if the gateway
+has given up the attempt that may have begun it, and has made another one.
+
+Limits: ``FOLLOWED_MAX_COUNT`` responses at a time, each for ``FOLLOW_MAX_S``, and
+``ASKS_PER_ENGINE_MAX_COUNT`` requests to an engine at a time. Each has a connection of its own. An
+engine is silent about a response if it answers none of the requests that it is sent in
+``SILENT_MAX_S``. Requests that wait for their turn do not count, so that engines with many
+responses, or other engines that hang, do not make one look silent.
+
+Created by context.py, called by attempts.py, proxy.py and server.py, closed by the worker.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from weakref import WeakValueDictionary
 
 import aiohttp
 import msgspec
@@ -50,7 +58,7 @@ SILENT_MAX_S = 60.0  # an engine that has been restarted has lost its responses
 PAUSE_MIN_S, PAUSE_MAX_S = 0.5, 10.0
 PAUSE_SHARE = 0.125  # of the time that the response has taken so far
 ASK_TIMEOUT_S = 5.0
-CONNECTIONS_MAX_COUNT = 32  # of one worker
+ASKS_PER_ENGINE_MAX_COUNT = 32  # at a time, by one worker
 RESPONSE_MAX_BYTES = 16 << 20
 _UNFINISHED = frozenset(("queued", "in_progress"))
 
@@ -116,19 +124,22 @@ class BackgroundResponse:
     address: str  # of the engine that has it
     routed: RoutedModel
     headers: Mapping[str, str]  # to ask with: the client's credentials for the engine
-    admission: Admission  # the request's, as the Reservation: closed once it is settled
-    reservation: Reservation
-    key: Key | None  # None: usage is not counted
-    charge: Charge | None  # None: there is no key, or it has no limits
-    prompt_tokens: int  # estimated, as all of these
-    sent_tokens: int  # of a stream, to its client
-    reserved_tokens: int  # of the output
+    # The request's, as the Reservation: closed once it is settled. None: the attempt was given up,
+    # so that the response is cancelled, and nothing is counted.
+    admission: Admission | None = None
+    reservation: Reservation | None = None
+    key: Key | None = None  # None: usage is not counted
+    charge: Charge | None = None  # None: there is no key, or it has no limits
+    tenant: str = ""
+    prompt_tokens: int = 0  # estimated, as all of these
+    sent_tokens: int = 0  # of a stream, to its client
+    reserved_tokens: int = 0  # of the output
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # to ask the engine at once
 
     @property
-    def is_revoked(self) -> bool:
-        """Whether its key has been revoked: the engine must not go on."""
-        return self.key is not None and self.key.is_revoked
+    def is_unwanted(self) -> bool:
+        """Whether the engine must not go on: its attempt was given up, or its key is revoked."""
+        return self.admission is None or (self.key is not None and self.key.is_revoked)
 
 
 class BackgroundResponses:
@@ -139,6 +150,8 @@ class BackgroundResponses:
         self._session: aiohttp.ClientSession | None = None  # made for the first response
         self._followed: dict[str, BackgroundResponse] = {}  # by ID
         self._tasks: set[asyncio.Task[None]] = set()
+        # By address, as long as a response of that engine is followed.
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._is_closed = False
 
     def __len__(self) -> int:
@@ -166,7 +179,7 @@ class BackgroundResponses:
     def end_revoked(self) -> None:
         """Cancel the responses whose keys have been revoked."""
         for response in self._followed.values():
-            if response.is_revoked:
+            if response.is_unwanted:
                 response.wake.set()
 
     async def close(self) -> None:
@@ -197,20 +210,29 @@ class BackgroundResponses:
     async def _end_of(self, response: BackgroundResponse) -> _Response | Missing | None:
         """What the engine says about a response in the end; None: nothing, or too late."""
         now_s = asyncio.get_running_loop().time
-        began_s = heard_s = now_s()
+        began_s = now_s()
+        silent_since_s = math.inf  # when the first ask without an answer was sent
+        turns = asyncio.Semaphore(ASKS_PER_ENGINE_MAX_COUNT)
+        turns = self._turns.setdefault(response.address, turns)
         answer: _Response | Missing | None = None
-        while now_s() - began_s < FOLLOW_MAX_S and now_s() - heard_s < SILENT_MAX_S:
+        while now_s() - began_s < FOLLOW_MAX_S:
             pause_s = min(max(PAUSE_MIN_S, PAUSE_SHARE * (now_s() - began_s)), PAUSE_MAX_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(response.wake.wait(), pause_s)
             response.wake.clear()
-            if response.is_revoked:
-                await self._ask(response, cancels=True)
-            answer = await self._ask(response)
-            if isinstance(answer, _Response):
-                heard_s = now_s()
-                if answer.status not in _UNFINISHED:
-                    return answer
+            async with turns:
+                sent_s = now_s()
+                if response.is_unwanted:
+                    await self._ask(response, cancels=True)
+                answer = await self._ask(response)
+            if not isinstance(answer, _Response):
+                silent_since_s = min(silent_since_s, sent_s)
+                if now_s() - silent_since_s >= SILENT_MAX_S:
+                    break
+            elif answer.status in _UNFINISHED:
+                silent_since_s = math.inf
+            else:
+                return answer
         return answer if answer == "missing" else None
 
     async def _ask(
@@ -257,9 +279,11 @@ class BackgroundResponses:
             tokens = usage.input_tokens, cached, usage.output_tokens
             if response.key is not None:
                 learn_output(response.key, usage.output_tokens)
-                response.routed.picker.settle(response.key.fairness_id, usage.output_tokens)
-        response.admission.close()
-        response.reservation.release()
+        if response.admission is not None:
+            response.admission.close()
+            response.routed.picker.settle(response.tenant, tokens[2])
+        if response.reservation is not None:
+            response.reservation.release()
         if response.charge is not None:
             response.charge.end(tokens[0] + tokens[2])
         if self._meter is not None and response.key is not None:
@@ -269,9 +293,9 @@ class BackgroundResponses:
 
 def _new_session() -> aiohttp.ClientSession:
     # Each request has a connection of its own: an engine with several API servers may have the
-    # response in any of them.
+    # response in any of them. They have no limit together: engines that hang would hold up others.
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX_COUNT, force_close=True),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=ASK_TIMEOUT_S),
     )

@@ -7,12 +7,13 @@ as many requests in flight as they can serve well, the route's ``capacity`` (it 
 its head only if no other worker's comes first (``_queue_table``), and otherwise wakes that worker.
 
 A dispatch happens when a request arrives, when the route changes, when this worker is woken because
-an endpoint has room, and on each tick of the server, in case a wake-up was lost. From the second
-tick on, a worker that does not serve its head (it is stopped or hangs) is skipped.
+an endpoint has room, and on each tick of the server, in case a wake-up was lost. If a worker does
+not serve its head (it is stopped or hangs), the head is blocked on the second tick: all workers
+pass it until its worker publishes it again.
 
 Peers learn of this KubeAI replica's first request with a delay, and of free capacity too. While a
 peer's request comes first, room for one request is left free for it, until the second tick at the
-latest.
+latest, when its head is blocked until it changes.
 
 RoutedModel owns one queue; holding.py waits in it.
 """
@@ -245,11 +246,12 @@ class ModelQueue:
     def dispatch(self, *, is_tick: bool = False) -> None:
         """Give Reservations to the requests whose turn it is, while endpoints can serve them."""
         limited = self._routed.picker.capacity > 0
-        skip = self._hung() if is_tick and limited else 0
+        if is_tick and limited:
+            self._pass_late()
         blocked: set[str | None] = set()
         while (head := self._queue.head(blocked)) is not None:
             waiting, start = head
-            if limited and not self._is_first(waiting, start, skip, is_tick=is_tick):
+            if limited and not self._is_first(waiting, start, is_tick=is_tick):
                 return
             try:
                 reservation = self._routed.pick(waiting.prompt, waiting.adapter)
@@ -266,13 +268,13 @@ class ModelQueue:
                 break
         self._publish_rest(limited, blocked)
 
-    def _is_first(self, waiting: Waiting, start: int, skip: int, *, is_tick: bool) -> bool:
+    def _is_first(self, waiting: Waiting, start: int, *, is_tick: bool) -> bool:
         """Publish our head. If another's comes first, wake that worker and return False."""
         table, row = self._table, self._row
         table.publish(row, waiting.priority, start)
-        best = table.best(row, skip)
+        best = table.best(row)
         if best == table.columns - 1 and self._routed.picker.has_room(waiting.adapter, 2):
-            best = table.best(row, skip | 1 << best)  # room for one is left to the peer
+            best = table.best(row, 1 << best)  # room for one is left to the peer
         if best in (-1, table.column):
             return True
         if self._routed.picker.has_room(waiting.adapter):
@@ -281,16 +283,15 @@ class ModelQueue:
             table.wake(best)
         return False
 
-    def _hung(self) -> int:
-        """Bits of the columns whose heads could have been served since the last tick, but were not.
+    def _pass_late(self) -> None:
+        """Block the heads that could have been served since the last tick, but were not.
 
         While there is no room, none could.
         """
-        late = self._late.items() if self._routed.picker.has_room() else ()
-        self._late = {
-            column: head for column, head in late if self._table.head(self._row, column) == head
-        }
-        return sum(1 << column for column in self._late)
+        late, self._late = self._late, {}
+        if self._routed.picker.has_room():
+            for column, head in late.items():
+                self._table.block(self._row, column, head)
 
     def _publish_rest(self, limited: bool, blocked: set[str | None]) -> None:
         """Publish what is left: requests that no endpoint can serve now."""

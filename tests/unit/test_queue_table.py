@@ -70,6 +70,40 @@ def test_blocked_heads_wait_but_do_not_come_first(workers):
     assert not b.is_waiting(ROW, blocked_too=False)
 
 
+def test_another_workers_head_is_blocked_until_it_is_published_again(workers):
+    a, b, _ = workers
+    a.publish(ROW, 5, 0)
+    b.publish(ROW, 0, 0)
+    b.block(ROW, 0, a.head(ROW, 0))
+    assert b.best(ROW) == 1
+    a.publish(ROW, 5, 0)
+    assert b.best(ROW) == 0
+    with pytest.raises(IndexError):
+        b.block(ROW, 4, 1)
+
+
+def test_a_head_that_has_changed_meanwhile_is_not_blocked(workers):
+    a, b, _ = workers
+    a.publish(ROW, 5, 0)
+    late = b.head(ROW, 0)
+    a.publish(ROW, 5, 1)
+    b.block(ROW, 0, late)
+    assert b.best(ROW) == 0
+    a.withdraw(ROW)
+    b.block(ROW, 0, b.head(ROW, 0))
+    assert b.head(ROW, 0) == 0
+
+
+def test_the_other_replicas_head_stays_blocked_until_another_one_is_reported(supervisor, workers):
+    a, *_ = workers
+    supervisor.set_peers(ROW, 5, 10)
+    a.block(ROW, 3, a.head(ROW, 3))
+    supervisor.set_peers(ROW, 5, 10)
+    assert a.best(ROW) == -1
+    supervisor.set_peers(ROW, 5, 20)
+    assert a.best(ROW) == 3
+
+
 def test_a_tenants_account_is_the_same_in_all_workers(workers):
     a, b, _ = workers
     tenant, other = a.account(ROW, 1, "acme"), a.account(ROW, 1, "other")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from fakes.queues import Site, served
@@ -29,6 +30,75 @@ async def test_a_worker_that_hangs_is_passed(site):
     task.result().release()
     assert await served(site, [hangs]) == [hangs]
     hangs.result().release()
+
+
+async def turns() -> None:
+    for _ in range(4):
+        await asyncio.sleep(0)
+
+
+async def without_ticks(worker, tasks) -> list[asyncio.Task[Any]]:
+    """Serve tasks one after the other, only with the wake-ups of free places. Returns the order."""
+    order = []
+    while len(order) < len(tasks):
+        (now,) = [task for task in tasks if task.done() and task not in order]
+        order.append(now)
+        now.result().release()
+        if worker.queues.take_wakes():
+            worker.routing.dispatch()
+        await turns()
+    return order
+
+
+async def test_a_worker_that_hangs_is_passed_at_once_until_it_goes_on(site):
+    site.route(["a"])
+    first = site.workers[1].pick_new()
+    hangs = [site.workers[0].ask(priority=1) for _ in range(2)]
+    tasks = [site.workers[1].ask() for _ in range(4)]
+    await turns()
+    first.release()
+    other = site.workers[1]
+    for _ in range(2):
+        other.routing.dispatch(is_tick=True)
+    await turns()
+    assert await without_ticks(other, tasks) == tasks
+    new = other.pick_new()
+    assert new.name == "a"  # it does not wait behind the worker that hangs
+    last = other.ask()
+    await turns()
+    site.workers[0].routing.dispatch()  # it goes on, before a slot is free
+    new.release()
+    assert await served(site, [*hangs, last]) == hangs[:1]
+    hangs[0].result().release()
+    assert await served(site, [hangs[1], last]) == hangs[1:]
+    hangs[1].result().release()
+    assert await served(site, [last]) == [last]
+    last.result().release()
+
+
+async def test_the_request_of_a_dead_replica_is_passed_at_once_until_another_comes_first(site):
+    site.route(["a"])
+    row, worker = site.publisher.row("m"), site.workers[0]
+    first = worker.pick_new()
+    site.queues.set_peers(row, 5, 0)
+    tasks = [worker.ask() for _ in range(4)]
+    await site.settle()
+    first.release()
+    site.tick()
+    site.tick()
+    await turns()
+    site.queues.set_peers(row, 5, 0)  # a report that says the same
+    assert await without_ticks(worker, tasks) == tasks
+    last = worker.pick_new() or await worker.ask()
+    task = worker.ask()
+    site.queues.set_peers(row, 5, 100)
+    await site.settle()
+    last.release()
+    assert await served(site, [task]) == []  # a slot is left for it
+    site.queues.clear_peers(row)
+    site.queues.notify(row)
+    assert await served(site, [task]) == [task]
+    task.result().release()
 
 
 @pytest.mark.parametrize("peer", [False, True])
