@@ -200,7 +200,7 @@ cdef class KeyTable(SharedTable):
         # The latest first: counts only move to later intervals, and a reader in between counts too
         # much rather than too little.
         for age in range(SLOTS):
-            slot = <int> ((interval - age) % SLOTS)
+            slot = <int> ((interval % SLOTS + SLOTS - age) % SLOTS)  # intervals begin at 0 at boot
             put_u64(&cell.requests[slot], slot_of(interval - age, by_age[0].counts[age]))
             put_u64(&cell.tokens[slot], slot_of(interval - age, by_age[1].counts[age]))
 

@@ -41,10 +41,10 @@ class QueueTable(SharedTable):
 
         Times, accounts and counters are kept.
         """
-    def set_peers(self, row: int, priority: int, start: int) -> None:
+    def set_peers(self, row: int, priority: int, start: int, is_live: bool = False) -> None:
         """Record the first request in the peers' queues. Called by the supervisor.
 
-        If it has not changed, it stays blocked.
+        If it has not changed, it stays blocked, unless ``is_live``: the peer that has it serves.
         """
     def clear_peers(self, row: int) -> None:
         """No request waits at a peer."""

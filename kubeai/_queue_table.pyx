@@ -190,13 +190,13 @@ cdef class QueueTable(SharedTable):
         for column in range(self.columns - 1):
             self._wake(column)
 
-    def set_peers(self, Py_ssize_t row, int priority, uint64_t start):
+    def set_peers(self, Py_ssize_t row, int priority, uint64_t start, bint is_live=False):
         """See the stub."""
         cdef uint64_t head = head_of(priority, start)
         cdef uint64_t *cell
         self._check_row(row)
         cell = &self.head_cells[row * self.stride + self.columns - 1]
-        if get_u64(cell) & ~BLOCKED != head:  # a head that has not changed stays blocked
+        if is_live or get_u64(cell) & ~BLOCKED != head:
             put_u64(cell, head)
 
     def clear_peers(self, Py_ssize_t row):

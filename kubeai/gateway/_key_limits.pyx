@@ -67,7 +67,7 @@ cdef Charge charge_for(
     quota.requests = key.requests_per_minute
     quota.tokens = key.tokens_per_minute
     quota.in_flight = 0 if is_stored else key.in_flight_max
-    if not (quota.requests or quota.tokens or quota.in_flight):
+    if not (quota.requests or quota.tokens or key.in_flight_max):
         return None
     table._check_row(key.row)
     table._check_writer()

@@ -157,12 +157,14 @@ class AdmittedRequest(FastPath):
     @override
     def give_up(self, failure: int) -> None:
         reason = _FAILURES[failure]
-        self._is_unanswered = failure == TIMEOUT
         if self._reservation is None:
             who = "supervisor" if is_console(self.target) else "gateway's local routes"
             log.error("upstream did not respond", upstream=who, reason=reason)
             self._say(502, f"The {who} did not respond.")
             return
+        self._is_unanswered = failure in _UNANSWERED
+        if not self._chooses_id:
+            self._abandon_response(self._reservation)
         endpoint = self._reservation.name
         log.warning("request failed", model=self._request.name, endpoint=endpoint, reason=reason)
         if failure == TIMEOUT:
@@ -247,9 +249,7 @@ class AdmittedRequest(FastPath):
         The client does not learn its ID, unless it has chosen it: other attempts use it as well.
         """
         is_unanswered, self._is_unanswered = self._is_unanswered, False
-        if not (is_unanswered and self._may_be_in_background):
-            return
-        if self._key is None and chosen_id(self._payload or b"") is not None:
+        if not (is_unanswered and self._may_be_in_background) or self._chooses_id:
             return
         self.context.background_responses.follow(
             BackgroundResponse(
@@ -258,6 +258,15 @@ class AdmittedRequest(FastPath):
                 self._routed,
                 lookup_headers(self) if self._key is None else {},
             )
+        )
+
+    @property
+    def _chooses_id(self) -> bool:
+        """Whether the client has chosen the ID of its response."""
+        return (
+            self._key is None
+            and self._response_id is not None
+            and (chosen_id(self._payload or b"{}") is not None)
         )
 
     @property

@@ -220,8 +220,10 @@ class BackgroundResponses:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(response.wake.wait(), pause_s)
             response.wake.clear()
+            due_s = now_s()
             async with turns:
                 sent_s = now_s()
+                silent_since_s += sent_s - due_s  # the wait for the turn is not the engine's
                 if response.is_unwanted:
                     await self._ask(response, cancels=True)
                 answer = await self._ask(response)

@@ -8,8 +8,9 @@ that can serve it, before anything of an engine's response has reached the clien
 - cannot start (``blocked``);
 - fails: its replicas' responses, or the lack of them, use up the retries (``failing``).
 
-If no fallback can serve at once, the request waits for its own Model and for the fallbacks, in the
-queues of all that have replicas; one that has none is started. A request that has crashed its
+If no fallback can serve at once, a request whose Model is not ready waits for it and for the
+fallbacks, in the queues of all that have replicas; one that has none is started. A saturated Model
+is waited for alone, and after another reason the first fallback. A request that has crashed its
 engine does not fall back, nor does one that continues a stored response. No Model is tried twice,
 and a fallback's own fallbacks do not count. The response has the name that the client used, and the
 header X-KubeAI-Model with the Model that answered.
@@ -27,19 +28,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from typing_extensions import override
 
 from kubeai.gateway._names import bucket_of, prompt_id
 from kubeai.gateway.attempts import AdmittedRequest
 from kubeai.gateway.engine_routes import can_replace
-from kubeai.gateway.holding import CANNOT_START, UNAVAILABLE, hold
+from kubeai.gateway.holding import CANNOT_START, UNAVAILABLE
 from kubeai.gateway.realtime import engines_query
 from kubeai.gateway.relay._exchange import LOST, STATUS
 from kubeai.gateway.retries import check_loss
+from kubeai.gateway.waits import first_of
 from kubeai.logs import get_logger
 from kubeai.openai import request as openai
 from kubeai.openai.errors import ErrorResponse
@@ -241,33 +243,34 @@ class FallbackRequest(AdmittedRequest):
 
     async def _wait_for_any(self) -> Reservation:
         """Wait for the current Model and for the fallbacks, of which one is started."""
-        others, started = self._others(), self._first_at_zero()
-        waits = [self._hold_at(other, starts=other is started) for other in others]
-        first, reservation = await _first_of(super()._hold(), *waits)
-        if first == 0:
-            return reservation
-        other = others[first - 1]
-        if self.context.hold_watcher is not None:
-            reservation.release()  # the permission may take long
-            return await self._go_to(other, "not_ready")
-        self._switch(other, self._serve_at(other), "not_ready")
-        return reservation
+        while True:
+            others, started = self._others(), self._first_at_zero()
+            waits = [self._turn_at(other, starts=other is started) for other in others]
+            first, reservation = await first_of(super()._hold(), *waits)
+            if first == 0:
+                return reservation
+            other = others[first - 1]
+            if self.context.hold_watcher is None:
+                self._switch(other, self._serve_at(other), "not_ready")
+                return reservation
+            reservation.release()  # while the message waits for permission, which may take long
+            if taken := await self._take(other, "not_ready", other.pick):
+                return taken
 
-    async def _hold_at(self, other: RoutedModel, *, starts: bool) -> Reservation:
-        """Wait at another Model: until it has an endpoint, then in its queue."""
+    async def _turn_at(self, other: RoutedModel, *, starts: bool) -> Reservation:
+        """Wait at another Model too: until it has an endpoint, then in its queue.
+
+        The request is held, limited and counted at the current Model only.
+        """
         adapter = self._adapter_at(other)
         left_s = max(0.0, (self._max_wait_s or 0.0) - self._waited_s)
-        deadline_s = asyncio.get_running_loop().time() + left_s
+        deadline_s = _now_s() + left_s
         async with asyncio.timeout_at(deadline_s):
             with self._demanded(other) if starts else contextlib.nullcontext():
                 while not other.can_serve(adapter):
                     await other.changes.next()
         waiting = self._waiting(self._prompt_at(other), adapter)
-        left_s = deadline_s - asyncio.get_running_loop().time()
-        with contextlib.closing(other.admit(self.context.request_type)) as admission:
-            return await hold(
-                self.context, other, self._request.model, waiting, admission, max_wait_s=left_s
-            )
+        return await other.queue.wait(waiting, deadline_s)
 
     @contextlib.contextmanager
     def _demanded(self, other: RoutedModel) -> Iterator[None]:
@@ -288,13 +291,14 @@ class FallbackRequest(AdmittedRequest):
 
     async def _leave_canary(self, asked: RoutedModel) -> Reservation:
         """Demand the canary, which cannot serve at once, and have its Model serve the request."""
-        try:
-            async with asyncio.timeout(0):
-                return await super()._hold()
-        except TimeoutError:
-            reason: FallbackReason = "saturated" if self._is_saturated() else "not_ready"
-        except ErrorResponse as error:
-            reason = _REASONS.get(error.code) or "not_ready"
+        canary, adapter = self._routed, self._request.adapter
+        reason: FallbackReason = "saturated"
+        if not canary.can_serve(adapter):
+            block = canary.block(adapter)
+            is_blocked = block is not None and block.fails_at_s <= _now_s()
+            reason = "blocked" if is_blocked else "not_ready"
+            if not is_blocked:
+                self.context.demand(canary.route.model)
         return await self._go_to(asked, reason)
 
     # -- falling back ------------------------------------------------------------------------------
@@ -332,7 +336,7 @@ class FallbackRequest(AdmittedRequest):
         block = other.block(self._adapter_at(other))
         if block is None or self._can_serve(other):
             return True
-        return block.fails_at_s > asyncio.get_running_loop().time()
+        return block.fails_at_s > _now_s()
 
     async def _fall_back(self, reason: FallbackReason, error: ErrorResponse) -> Reservation:
         """Leave the current Model, which cannot serve the request. ``error``: if none else can."""
@@ -359,8 +363,16 @@ class FallbackRequest(AdmittedRequest):
                 return reservation
         return None
 
-    async def _take(self, other: RoutedModel, reason: FallbackReason) -> Reservation | None:
-        """Switch to a Model if one of its endpoints can serve the request now."""
+    async def _take(
+        self,
+        other: RoutedModel,
+        reason: FallbackReason,
+        pick: Callable[[Prompt, str | None], Reservation | None] | None = None,
+    ) -> Reservation | None:
+        """Switch to a Model if one of its endpoints can serve the request now.
+
+        ``pick``: None: only if no other request waits for the Model.
+        """
         watcher = self.context.hold_watcher
         if watcher is not None:
             await watcher.on_endpoint(self.request_id)
@@ -368,7 +380,10 @@ class FallbackRequest(AdmittedRequest):
         candidates = self._candidates
         if candidates is not None:
             candidates = other.picker.explain(prompt, adapter)
-        reservation = other.pick_new(prompt, adapter, self._tenant)
+        if pick is None:
+            reservation = other.pick_new(prompt, adapter, self._tenant)
+        else:
+            reservation = pick(prompt, adapter)
         if reservation is None:
             return None
         self._switch(other, self._serve_at(other), reason)
@@ -446,30 +461,5 @@ class FallbackRequest(AdmittedRequest):
         return super().retry_count + (0 if fallbacks is None else fallbacks.retry_count)
 
 
-async def _first_of(
-    here: Coroutine[Any, Any, Reservation], *others: Coroutine[Any, Any, Reservation]
-) -> tuple[int, Reservation]:
-    """The first Reservation that one of several waits has, and which one: 0 is ``here``.
-
-    The exception of ``here`` if it ends before that; those of the others are ignored.
-    """
-    tasks = [asyncio.ensure_future(wait) for wait in (here, *others)]
-    first = None
-    try:
-        while first is None and not tasks[0].done():
-            pending = [task for task in tasks if not task.done()]
-            await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            first = next(filter(_has_reservation, tasks), None)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for task in tasks:
-            if task is not first and _has_reservation(task):
-                task.result().release()
-    first = first or tasks[0]
-    return tasks.index(first), first.result()
-
-
-def _has_reservation(task: asyncio.Future[Reservation]) -> bool:
-    return task.done() and not task.cancelled() and task.exception() is None
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

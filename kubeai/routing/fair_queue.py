@@ -84,7 +84,7 @@ class _Flow(Generic[E]):
     def __init__(self, tenant: str, start: int, number: int) -> None:
         self.tenant = tenant
         self.start = start  # of the first request
-        self.number = number  # in the order in which flows began
+        self.number = number  # of the request that it began with
         self.queues: dict[str | None, OrderedDict[E, None]] = {}  # by adapter
 
     def first(self, blocked: Collection[str | None]) -> E | None:
@@ -105,6 +105,19 @@ class _Flow(Generic[E]):
         return heapq.merge(*self.queues.values(), key=_number_of)
 
 
+class _Item(Generic[E]):
+    """A flow in a heap; outdated if it has another start by now, or has ended."""
+
+    __slots__ = ("flow", "start")
+
+    def __init__(self, flow: _Flow[E]) -> None:
+        self.flow = flow
+        self.start = flow.start
+
+    def __lt__(self, other: _Item[E]) -> bool:
+        return (self.start, self.flow.number) < (other.start, other.flow.number)
+
+
 class _Level(Generic[E]):
     """The requests of one priority."""
 
@@ -113,20 +126,18 @@ class _Level(Generic[E]):
     def __init__(self) -> None:
         self.adapters: Counter[str | None] = Counter()  # of the requests
         self.flows: dict[str, _Flow[E]] = {}
-        # (start, number, flow); outdated if the flow has another start, or is not in ``flows``.
-        self.heap: list[tuple[int, int, _Flow[E]]] = []
+        self.heap: list[_Item[E]] = []
         self.order: OrderedDict[E, None] = OrderedDict()  # of arrival
 
     def schedule(self, flow: _Flow[E]) -> None:
         if len(self.heap) > 2 * len(self.flows) + _STALE_MAX:
-            self.heap = [(each.start, each.number, each) for each in self.flows.values()]
+            self.heap = [_Item(each) for each in self.flows.values()]
             heapq.heapify(self.heap)
         else:
-            heapq.heappush(self.heap, (flow.start, flow.number, flow))
+            heapq.heappush(self.heap, _Item(flow))
 
-    def is_current(self, item: tuple[int, int, _Flow[E]]) -> bool:
-        start, _, flow = item
-        return flow.start == start and self.flows.get(flow.tenant) is flow
+    def is_current(self, item: _Item[E]) -> bool:
+        return item.start == item.flow.start and self.flows.get(item.flow.tenant) is item.flow
 
 
 class FairQueue(Generic[E]):
@@ -154,6 +165,7 @@ class FairQueue(Generic[E]):
 
     def push(self, entry: E) -> None:
         """Add a request. One that has waited before keeps its place in the order of arrival."""
+        entry.number = entry.number or _next_number()
         level = self._levels.get(entry.priority)
         if level is None:
             level = self._levels[entry.priority] = _Level()
@@ -161,9 +173,8 @@ class FairQueue(Generic[E]):
         flow = level.flows.get(entry.tenant)
         if flow is None:
             start = self._accounts.start(entry.tenant, self._floor(entry.priority))
-            flow = level.flows[entry.tenant] = _Flow(entry.tenant, start, _next_number())
+            flow = level.flows[entry.tenant] = _Flow(entry.tenant, start, entry.number)
             level.schedule(flow)
-        entry.number = entry.number or _next_number()
         _insert(flow.queues.setdefault(entry.adapter, OrderedDict()), entry)
         _insert(level.order, entry)
         level.adapters[entry.adapter] += 1
@@ -206,7 +217,7 @@ class FairQueue(Generic[E]):
         found = None
         while level.heap and found is None:
             item = level.heap[0]
-            flow = item[2]
+            flow = item.flow
             if not level.is_current(item):
                 heapq.heappop(level.heap)
                 continue
@@ -214,7 +225,7 @@ class FairQueue(Generic[E]):
             start = self._accounts.start(flow.tenant, flow.start)
             if start > flow.start:
                 flow.start = start
-                heapq.heapreplace(level.heap, (start, flow.number, flow))
+                heapq.heapreplace(level.heap, _Item(flow))
                 continue
             entry = flow.first(blocked)
             if entry is None:
@@ -278,7 +289,7 @@ class FairQueue(Generic[E]):
         level = self._levels[priority]
         while level.heap and not level.is_current(level.heap[0]):
             heapq.heappop(level.heap)
-        return min(floor, level.heap[0][0]) if level.heap else floor
+        return min(floor, level.heap[0].start) if level.heap else floor
 
 
 def _number_of(entry: Entry) -> int:

@@ -39,19 +39,23 @@ REQUEST_TOKENS = 256
 PLACES_AGE_MAX_S = 1.0
 
 
-class NoEndpoint(Exception):
+class Unserved(Exception):
+    """The wait of a request has ended without a Reservation."""
+
+
+class NoEndpoint(Unserved):
     """The request's turn did not come before its deadline."""
 
 
-class ModelGone(Exception):
+class ModelGone(Unserved):
     """The model was deleted while the request waited."""
 
 
-class Displaced(Exception):
+class Displaced(Unserved):
     """The queue is full, and the request made room for another."""
 
 
-class Blocked(Exception):
+class Blocked(Unserved):
     """No endpoint can serve the request, and waiting longer would not help."""
 
     def __init__(self, block: Block) -> None:

@@ -102,6 +102,9 @@ def test_the_other_replicas_head_stays_blocked_until_another_one_is_reported(sup
     assert a.best(ROW) == -1
     supervisor.set_peers(ROW, 5, 20)
     assert a.best(ROW) == 3
+    a.block(ROW, 3, a.head(ROW, 3))
+    supervisor.set_peers(ROW, 5, 20, True)
+    assert a.best(ROW) == 3, "another request with the same start"
 
 
 def test_a_tenants_account_is_the_same_in_all_workers(workers):

@@ -164,8 +164,9 @@ class PeerUses:
                 peer.uses[name] = use
             else:
                 peer.uses.pop(name, None)
+        interval, _ = self._table.moment()
         for name in touched:
-            self._write(name)
+            self._write(name, interval)
         if len(peer.uses) > wire.KEYS_MAX:
             raise wire.BadFrame(f"more than {wire.KEYS_MAX} keys")
 
@@ -195,9 +196,10 @@ class PeerUses:
         if peer is None or peer.is_gone:
             return
         peer.is_gone = True
+        interval, _ = self._table.moment()
         for name, use in peer.uses.items():
             peer.uses[name] = use._replace(in_flight=0)
-            self._write(name)
+            self._write(name, interval)
 
     def age(self) -> None:
         """Drop what is more than a minute old, once in each interval."""
@@ -218,7 +220,7 @@ class PeerUses:
         Nothing is kept of a removed one, so that another key with its name begins at 0.
         """
         if name in self._keys.rows:
-            self._write(name)
+            self._write(name, self._table.moment()[0])
             return
         for peer in self._peers.values():
             peer.uses.pop(name, None)
@@ -240,6 +242,10 @@ class PeerUses:
         If it is not known whether the latest one has only lost the connection, what it reports may
         include what was reported before. The larger one then counts.
         """
+        if name not in peer.earlier:  # as most
+            use = peer.uses[name]
+            past = interval - use.interval
+            return [_at(use.requests, past), _at(use.tokens, past)]
         uses = [uses[name] for uses in (peer.earlier, peer.uses) if name in uses]
         merge = _sum if peer.process else _largest
         return [
@@ -247,17 +253,19 @@ class PeerUses:
             merge([_at(use.tokens, interval - use.interval) for use in uses]),
         ]
 
-    def _write(self, name: str) -> None:
-        """Write the sums of a key, if it has a row."""
+    def _write(self, name: str, interval: int) -> None:
+        """Write the sums of a key, if it has a row. ``interval``: the current one."""
         lease = self._keys.rows.get(name)
         if lease is None:
             return
-        interval, _ = self._table.moment()
         peers = [p for p in self._peers.values() if name in p.uses or name in p.earlier]
         counts = [self._counts(peer, name, interval) for peer in peers]
         in_flight = sum(peer.uses[name].in_flight for peer in peers if name in peer.uses)
-        requests = _sum([requests for requests, _ in counts])
-        tokens = _sum([tokens for _, tokens in counts])
+        if len(counts) == 1:
+            requests, tokens = counts[0]
+        else:
+            requests = _sum([requests for requests, _ in counts])
+            tokens = _sum([tokens for _, tokens in counts])
         self._table.set_peers(*lease, in_flight, interval, requests, tokens)
 
 

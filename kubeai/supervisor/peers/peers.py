@@ -277,8 +277,12 @@ class Peers:
 
     # -- the queue table's column ------------------------------------------------------------------
 
-    def _put_queue(self, model: str) -> None:
-        """Write the first request that waits for a model at the peers."""
+    def _put_queue(self, model: str, is_live: bool = False) -> None:
+        """Write the first request that waits for a model at the peers.
+
+        ``is_live``: the peer that has it has just reported a change. Many tenants' first requests
+        have the same start, so the head may be another request without looking different.
+        """
         route = self._publisher.route(model)
         if route is None or self._queues is None:
             return
@@ -289,7 +293,7 @@ class Peers:
             return
         priority, start, now = head
         self._queues.advance(route.row, now)
-        self._queues.set_peers(route.row, priority, start)
+        self._queues.set_peers(route.row, priority, start, is_live)
 
 
 __all__ = ["LOADS_PATH", "METRICS_HEADERS", "Peers"]

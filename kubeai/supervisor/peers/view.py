@@ -39,13 +39,13 @@ class View:
     """All peers together.
 
     Calls ``changed`` with the endpoints whose sums have changed, and ``queue_changed`` with each
-    model whose first waiting request has.
+    model whose first waiting request has changed or may have, and whether its peer reported that.
     """
 
     def __init__(
         self,
         changed: Callable[[set[str]], None],
-        queue_changed: Callable[[str], None] = lambda model: None,
+        queue_changed: Callable[[str, bool], None] = lambda model, is_live: None,
     ) -> None:
         self._changed = changed
         self._queue_changed = queue_changed
@@ -164,8 +164,11 @@ class View:
         before = peer.queues.pop(model, None)
         if head is not None:
             peer.queues[model] = head
-        if head != before:
-            self._queue_changed(model)
+        if head is not None or before is not None:
+            first = self.queue(model)
+            is_live = head is not None and first is not None and first[:2] == head[:2]
+            if head != before or is_live:
+                self._queue_changed(model, is_live)
 
     def _take_endpoint(self, peer: Peer, endpoint: str, in_flight: int, pending: int = 0) -> None:
         before = peer.endpoints.get(endpoint, 0)

@@ -177,19 +177,36 @@ async def test_a_foreground_response_whose_key_is_revoked_before_the_answer_cost
     assert keyed.use("alice") == Use(0, 1, 0)
 
 
-async def test_a_response_is_followed_if_the_engine_does_not_answer_in_time(keyed):
+async def test_a_response_that_its_client_cannot_ask_for_is_cancelled_and_not_counted(keyed):
+    """The engine does not answer in time, and the client does not know the gateway's ID."""
     keyed, engine = await keyed(first_byte_timeout_s=0.05, retries=0), Slow()
     keyed.world.route("m", {"a": await keyed.world.engine(engine)})
     engine.silent = {"POST"}
     wire = await keyed.ask()
     assert (await wire.answer()).status == 504
-    await until(lambda: keyed.following == 1, "the response is followed")
-    assert keyed.world.active("m") == 1
+    engine.silent = set()
+    await until(lambda: engine.cancelled == [engine.id], "it is cancelled")
+    assert keyed.world.active("m") == 0
     engine.end(**DONE)
-    await until(lambda: keyed.following == 0, "it is done")
-    (row,) = keyed.world.context.meter.take()
-    assert row[3:] == (1, 0, 110, 0, 40)
-    assert keyed.use("alice") == Use(0, 1, 150)
+    await until(lambda: keyed.following == 0, "it is not followed any more")
+    assert keyed.use("alice") == Use(0, 1, 0)
+
+
+async def test_a_response_whose_engine_is_lost_for_good_is_cancelled_and_not_counted(keyed):
+    keyed, engine = await keyed(retries=0), Slow()
+
+    async def loses(wire: Wire, request: Message) -> None:
+        if request.method == "POST" and not request.target.endswith("/cancel"):
+            made = json.loads(request.body)["request_id"]
+            engine.responses[made] = {"id": made, "status": "in_progress"}
+            raise Broken(b"", False)
+        await engine(wire, request)
+
+    keyed.world.route("m", {"a": await keyed.world.engine(loses)})
+    wire = await keyed.ask()
+    assert (await wire.answer()).status == 502
+    await until(lambda: engine.cancelled == [*engine.responses], "it is cancelled")
+    assert keyed.use("alice") == Use(0, 1, 0)
 
 
 async def test_the_response_of_an_attempt_that_is_retried_is_cancelled(keyed):

@@ -147,6 +147,15 @@ def test_requests_that_return_are_in_the_order_in_which_they_came(adapter):
     assert drained(queue) == asks
 
 
+def test_tenants_that_return_are_in_the_order_in_which_they_came():
+    asks = [Ask(tenant) for tenant in "abcde"]
+    queue = queue_of(*asks)
+    for ask in (asks[1], asks[3], asks[0], asks[4], asks[2]):
+        queue.remove(ask)
+        queue.push(ask)
+    assert drained(queue) == asks
+
+
 def test_of_the_lowest_priority_the_newest_is_refused_first():
     old, new, high = Ask("a", -1), Ask("b", -1), Ask("c", 3)
     queue = queue_of(old, new, high)

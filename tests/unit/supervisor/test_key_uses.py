@@ -179,7 +179,7 @@ async def test_what_a_replica_counted_before_it_became_silent_counts_until_it_is
         other.clock.now_s += HOLD_S + 1
         await until("it has nothing in flight any more", lambda: other.use() == Use(0, 1, 50))
         now_s = time.monotonic()
-        other.table.clock = Clock(now_s + 50)
+        other.table.clock = Clock(now_s + 40)
         assert other.use() == Use(0, 1, 50)
         other.table.clock = Clock(now_s + 80)
         assert other.use() == Use(0, 0, 0)

@@ -14,6 +14,11 @@ async def asking(world: World, *headers: str) -> Wire:
     return wire
 
 
+def waiting(world: World, model: str) -> int:
+    """How many requests are in a Model's queue."""
+    return sum(world.queues.waiting(world.publisher.row(model)))
+
+
 async def occupied(world: World, model: str, **fields) -> tuple[Wire, Full]:
     """Give a Model one replica with room for one request, and have another client use it."""
     full = Full()
@@ -42,8 +47,8 @@ async def test_a_fallback_that_is_full_serves_the_request_when_it_has_room(falle
     other, full = await occupied(world, "b")
     world.route("m", {}, **NOW)
     wire = await asking(world)
-    await until(lambda: world.held("b") == 1)
-    assert (world.held("m"), world.active("b")) == (1, 2)
+    await until(lambda: waiting(world, "b") == 1)
+    assert (world.held("m"), world.held("b"), world.active("b")) == (1, 0, 1), "it counts once"
     full.room.set()
     by(await wire.answer(), "b")
     await other.answer()
@@ -55,7 +60,7 @@ async def test_in_the_queue_of_a_fallback_a_request_still_waits_for_its_own_mode
     other, full = await occupied(world, "b")
     world.route("m", {}, **NOW)
     wire = await asking(world)
-    await until(lambda: world.held("b") == 1)
+    await until(lambda: waiting(world, "b") == 1)
     world.route("m", {"m-1": await world.engine(echo)}, **NOW)
     by(await wire.answer(), "m")
     assert fallbacks(world) == {}
@@ -69,7 +74,7 @@ async def test_of_two_fallbacks_that_are_full_the_one_with_room_first_serves(fal
     others = [await occupied(world, name) for name in ("b", "c")]
     world.route("m", {}, fallbacks=("b", "c"), wait_before_fallback_s=0.0)
     wire = await asking(world)
-    await until(lambda: world.held("b") == world.held("c") == 1)
+    await until(lambda: waiting(world, "b") == waiting(world, "c") == 1)
     others[1][1].room.set()
     by(await wire.answer(), "c")
     others[0][1].room.set()
@@ -83,27 +88,26 @@ async def test_a_client_that_leaves_is_in_no_queue_any_more(fallen):
     other, full = await occupied(world, "b")
     world.route("m", {}, **NOW)
     wire = await asking(world)
-    await until(lambda: world.held("b") == 1)
+    await until(lambda: waiting(world, "b") == 1)
     wire.reset()
-    await until(lambda: world.held("b") == 0)
+    await until(lambda: waiting(world, "b") == 0)
     full.room.set()
     await other.answer()
     await world.at_rest()
 
 
-async def test_a_full_queue_of_a_fallback_ends_no_wait_for_the_model(fallen):
-    world = await fallen(hold_max_requests=1)
-    full = Full()
-    world.route("b", {"b-1": await world.engine(full)}, capacity=1)
-    for mark in ("1", "2"):  # one is served, one waits
-        await (await world.client()).send(ask("b", f"x-mark: {mark}"))
-    await until(lambda: world.held("b") == 1)
+async def test_requests_that_wait_for_two_models_use_up_the_limit_of_their_own_only(fallen):
+    world = await fallen(hold_max_requests=2)
+    other, full = await occupied(world, "b")
     world.route("m", {}, **NOW)
-    wire = await asking(world)
-    await until(lambda: world.held("m") == 1)
-    world.route("m", {"m-1": await world.engine(echo)}, **NOW)
-    by(await wire.answer(), "m")
+    wires = [await asking(world) for _ in range(2)]
+    await until(lambda: waiting(world, "b") == 2)
+    wires.append(await world.client())
+    await wires[2].send(ask("b"))
+    await until(lambda: world.held("b") == 1)
     full.room.set()
+    for wire in (other, *wires):
+        assert (await wire.answer()).status == 200
     await world.at_rest()
 
 
@@ -122,12 +126,48 @@ async def test_a_message_that_waited_for_a_full_fallback_takes_a_handler_before_
     world.context.hold_watcher = Watcher()
     world.route("m", {}, **NOW)
     wire = await asking(world)
-    await until(lambda: world.held("b") == 1)
+    await until(lambda: waiting(world, "b") == 1)
     assert calls == ["hold", "endpoint", "hold"], "at first it asks for a place at once"
     full.room.set()
     by(await wire.answer(), "b")
     assert calls[3:] == ["endpoint"]
     await other.answer()
+    await world.at_rest()
+
+
+async def test_a_message_whose_place_was_taken_meanwhile_waits_for_its_own_model_too(fallen):
+    world = await fallen()
+    permitted, asked = asyncio.Event(), asyncio.Event()
+    permitted.set()
+
+    class Watcher:
+        def on_hold(self, request_id: str) -> None:
+            """It gives its handler back."""
+
+        async def on_endpoint(self, request_id: str) -> None:
+            asked.set()
+            await permitted.wait()
+
+    other, full = await occupied(world, "b")
+    world.context.hold_watcher = Watcher()
+    world.route("m", {}, **NOW)
+    wire = await asking(world)
+    await until(lambda: waiting(world, "b") == 1)
+    permitted.clear()
+    asked.clear()
+    full.room.set()
+    await other.answer()
+    await asked.wait()
+    full.room.clear()
+    another = await world.client()
+    await another.send(ask("b"))
+    await until(lambda: len(full.came) == 2)
+    permitted.set()
+    await until(lambda: waiting(world, "b") == 1)
+    world.route("m", {"m-1": await world.engine(echo)}, **NOW)
+    by(await wire.answer(), "m")
+    full.room.set()
+    await another.answer()
     await world.at_rest()
 
 

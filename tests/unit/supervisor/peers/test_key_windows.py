@@ -3,6 +3,8 @@
 Each replica has a key table and a clock of its own, and publishes its keys itself.
 """
 
+import contextlib
+
 import pytest
 from fakes.limited_keys import Clock
 from hypothesis import given, settings
@@ -269,3 +271,13 @@ def test_what_was_in_flight_at_a_process_that_is_over_is_not(both):
     one.report(other, process="later", whole=True)
     assert other.use() == Use(0, 1, 0)
     held.end()
+
+
+@pytest.mark.parametrize("up_s", [0.0, 5.0, 25.0, 55.0])
+def test_what_peers_report_counts_just_after_the_machine_has_started(up_s):
+    with contextlib.closing(KeyTable.create(8, 1)) as table:
+        table.clock = Clock(up_s)
+        generation = table.open_row(0)
+        interval, _ = table.moment()
+        table.set_peers(0, generation, 0, interval, (7, 1), (100,))
+        assert table.use(0) == Use(0, 8, 100)

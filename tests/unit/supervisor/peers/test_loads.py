@@ -196,3 +196,23 @@ def test_the_sums_equal_those_of_each_peers_last_report(steps):
             assert (name in touched) == (view.in_flight(name) != before[name])
             assert view.routes(name) == any(name in e for _, e in expected.values())
             assert view.active(name) == sum(m.get(name, (0, 0))[0] for m, _ in expected.values())
+
+
+def test_a_report_of_the_peer_with_the_first_request_says_that_it_serves():
+    """Its next request may have the same start as the one before."""
+    changes: list[tuple[str, bool]] = []
+    view = View(lambda names: None, lambda model, is_live: changes.append((model, is_live)))
+    first, other = (view.join(address, 0.0) for address in "12")
+
+    def report(peer, ended: int, head: wire.Head | None) -> list[tuple[str, bool]]:
+        changes.clear()
+        queues = {} if head is None else {"m": head}
+        view.take(peer, wire.Loads({"m": (1, ended)}, {}, queues=queues), 0.0)
+        return changes
+
+    assert report(first, 0, (5, 10, 0)) == [("m", True)]
+    assert report(other, 0, (5, 20, 0)) == [("m", False)]
+    assert report(other, 1, (5, 20, 0)) == []
+    assert report(first, 1, (5, 10, 0)) == [("m", True)]
+    assert report(first, 2, None) == [("m", False)]
+    assert report(other, 2, (5, 20, 0)) == [("m", True)]
