@@ -157,7 +157,8 @@ async def check_barriers(page) -> None:
 
 async def test_search_finds_a_page(visit):
     page = await visit("")
-    await page.locator(".md-search__input").fill("scaleDownDelaySeconds")
+    # Typed, because the search listens for keys.
+    await page.locator(".md-search__input").press_sequentially("scaleDownDelaySeconds")
     # Not the first result: while the search works, others may come before it.
     await page.locator(".md-search-result__link[href*='/reference/model/']").first.click()
     await page.wait_for_url("**/reference/model/**")
