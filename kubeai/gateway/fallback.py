@@ -244,9 +244,12 @@ class FallbackRequest(AdmittedRequest):
     async def _wait_for_any(self) -> Reservation:
         """Wait for the current Model and for the fallbacks, of which one is started."""
         while True:
-            others, started = self._others(), self._first_at_zero()
-            waits = [self._turn_at(other, starts=other is started) for other in others]
-            first, reservation = await first_of(super()._hold(), *waits)
+            others = self._others()
+            starting = asyncio.ensure_future(self._start_one())
+            try:
+                first, reservation = await first_of(super()._hold(), *map(self._turn_at, others))
+            finally:
+                starting.cancel()
             if first == 0:
                 return reservation
             other = others[first - 1]
@@ -257,7 +260,22 @@ class FallbackRequest(AdmittedRequest):
             if taken := await self._take(other, "not_ready", other.pick):
                 return taken
 
-    async def _turn_at(self, other: RoutedModel, *, starts: bool) -> Reservation:
+    async def _start_one(self) -> None:
+        """Start the first fallback at zero, or the next one if that cannot start."""
+        while (other := self._first_at_zero()) is not None:
+            with self._demanded(other):
+                while self._may_answer(other) and not self._can_serve(other):
+                    block = other.block(self._adapter_at(other))
+                    fails_at_s = math.inf if block is None else block.fails_at_s
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout_at(
+                            fails_at_s if fails_at_s < math.inf else None
+                        ):
+                            await other.changes.next()
+            if self._can_serve(other):
+                return
+
+    async def _turn_at(self, other: RoutedModel) -> Reservation:
         """Wait at another Model too: until it has an endpoint, then in its queue.
 
         The request is held, limited and counted at the current Model only.
@@ -266,9 +284,8 @@ class FallbackRequest(AdmittedRequest):
         left_s = max(0.0, (self._max_wait_s or 0.0) - self._waited_s)
         deadline_s = _now_s() + left_s
         async with asyncio.timeout_at(deadline_s):
-            with self._demanded(other) if starts else contextlib.nullcontext():
-                while not other.can_serve(adapter):
-                    await other.changes.next()
+            while not other.can_serve(adapter):
+                await other.changes.next()
         waiting = self._waiting(self._prompt_at(other), adapter)
         return await other.queue.wait(waiting, deadline_s)
 

@@ -1,11 +1,15 @@
 """A request waits for its own Model and for its fallbacks at the same time, in all their queues."""
 
 import asyncio
+import time
 
+import pytest
 from fakes.chats import ask
 from fakes.fallbacks import NOW, Full, by, echo, fallbacks, got
 from fakes.wire import Wire, until
 from fakes.world import World
+
+from kubeai.routing.routes import Block
 
 
 async def asking(world: World, *headers: str) -> Wire:
@@ -80,6 +84,23 @@ async def test_of_two_fallbacks_that_are_full_the_one_with_room_first_serves(fal
     others[0][1].room.set()
     for other, _ in others:
         await other.answer()
+    await world.at_rest()
+
+
+@pytest.mark.parametrize("grace_s", [0.0, 0.05])
+async def test_if_the_fallback_that_was_started_cannot_start_the_next_one_is(fallen, grace_s):
+    world = await fallen()
+    for name in ("b", "c"):
+        world.route(name, {})
+    world.route("m", {}, fallbacks=("b", "c"), wait_before_fallback_s=0.0)
+    wire = await asking(world)
+    await until(lambda: "b" in world.demanded)
+    assert "c" not in world.demanded
+    world.route("b", {}, block=Block("Unschedulable", "no", time.monotonic() + grace_s))
+    await until(lambda: "c" in world.demanded)
+    assert (world.active("b"), world.active("c")) == (0, 1)
+    world.route("c", {"c-1": await world.engine(echo)})
+    by(await wire.answer(), "c")
     await world.at_rest()
 
 
