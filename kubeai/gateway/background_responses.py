@@ -14,7 +14,7 @@ response has failed or is lost.
 
 An engine is asked after ``PAUSE_MIN_S``, then at growing intervals up to ``PAUSE_MAX_S``, and when
 the client asks for the response. A response is cancelled if its key is revoked, or if the gateway
-has given up the attempt that may have begun it, and has made another one.
+has given up the attempt that may have begun it, so that the client does not learn its ID.
 
 Limits: ``FOLLOWED_MAX_COUNT`` responses at a time, each for ``FOLLOW_MAX_S``, and
 ``ASKS_PER_ENGINE_MAX_COUNT`` requests to an engine at a time. Each has a connection of its own. An

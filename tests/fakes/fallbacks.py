@@ -32,6 +32,19 @@ def by(answered: Message, name: str, asked: str = "m") -> None:
     assert answered.one("x-kubeai-model") == (None if name == asked else name)
 
 
+class Watcher:
+    """A ``hold_watcher`` that gives each permission at once. ``calls``: what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def on_hold(self, request_id: str) -> None:
+        self.calls.append("hold")
+
+    async def on_endpoint(self, request_id: str) -> None:
+        self.calls.append("endpoint")
+
+
 class Full:
     """An engine that answers once it is told to. ``came``: the marks of its requests."""
 

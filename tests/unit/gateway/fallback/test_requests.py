@@ -7,7 +7,7 @@ import random
 
 import pytest
 from fakes.chats import ask, failing, reset
-from fakes.fallbacks import BLOCK, NOW, by, echo, fallbacks, got
+from fakes.fallbacks import BLOCK, NOW, Watcher, by, echo, fallbacks, got
 from fakes.wire import CHUNKED, Message, Wire, answer, chunk, post, says
 
 from kubeai.routing.channel import EventCount, EventReport
@@ -121,19 +121,10 @@ async def test_a_response_that_a_fallback_made_is_continued_there(fallen):
 
 async def test_a_message_takes_a_handler_again_before_it_falls_back(fallen):
     world = await fallen()
-    calls: list[str] = []
-
-    class Watcher:
-        def on_hold(self, request_id: str) -> None:
-            calls.append("hold")
-
-        async def on_endpoint(self, request_id: str) -> None:
-            calls.append("endpoint")
-
-    world.context.hold_watcher = Watcher()
+    watcher = world.context.hold_watcher = Watcher()
     world.route("m", {}, **NOW)
     by(await got(world, ask()), "b")
-    assert calls == ["hold", "endpoint"]
+    assert watcher.calls == ["hold", "endpoint"]
 
 
 async def test_counts_are_sent_together(fallen):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 from fakes.chats import ask
-from fakes.fallbacks import NOW, Full, by, echo, fallbacks, got
+from fakes.fallbacks import NOW, Full, Watcher, by, echo, fallbacks, got
 from fakes.wire import Wire, until
 from fakes.world import World
 
@@ -134,24 +134,15 @@ async def test_requests_that_wait_for_two_models_use_up_the_limit_of_their_own_o
 
 async def test_a_message_that_waited_for_a_full_fallback_takes_a_handler_before_it_is_sent(fallen):
     world = await fallen()
-    calls: list[str] = []
-
-    class Watcher:
-        def on_hold(self, request_id: str) -> None:
-            calls.append("hold")
-
-        async def on_endpoint(self, request_id: str) -> None:
-            calls.append("endpoint")
-
     other, full = await occupied(world, "b")
-    world.context.hold_watcher = Watcher()
+    watcher = world.context.hold_watcher = Watcher()
     world.route("m", {}, **NOW)
     wire = await asking(world)
     await until(lambda: waiting(world, "b") == 1)
-    assert calls == ["hold", "endpoint", "hold"], "at first it asks for a place at once"
+    assert watcher.calls == ["hold", "endpoint", "hold"], "at first it asks for a place at once"
     full.room.set()
     by(await wire.answer(), "b")
-    assert calls[3:] == ["endpoint"]
+    assert watcher.calls[3:] == ["endpoint"]
     await other.answer()
     await world.at_rest()
 
@@ -161,16 +152,13 @@ async def test_a_message_whose_place_was_taken_meanwhile_waits_for_its_own_model
     permitted, asked = asyncio.Event(), asyncio.Event()
     permitted.set()
 
-    class Watcher:
-        def on_hold(self, request_id: str) -> None:
-            """It gives its handler back."""
-
+    class Slow(Watcher):
         async def on_endpoint(self, request_id: str) -> None:
             asked.set()
             await permitted.wait()
 
     other, full = await occupied(world, "b")
-    world.context.hold_watcher = Watcher()
+    world.context.hold_watcher = Slow()
     world.route("m", {}, **NOW)
     wire = await asking(world)
     await until(lambda: waiting(world, "b") == 1)
