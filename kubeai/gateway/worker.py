@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import faulthandler
 import gc
 import os
 import resource
@@ -40,11 +41,14 @@ from kubeai.gateway.server import Server
 from kubeai.gateway.usage_reporter import UsageReporter
 from kubeai.logs import get_logger, setup_logging
 from kubeai.routing.channel import (
+    HEARTBEAT_INTERVAL_S,
     SETTINGS_VARIABLE,
+    STACK_SIGNAL,
     Channel,
     Demand,
     Down,
     Drain,
+    Heartbeat,
     KeyDelta,
     KeySnapshot,
     Ready,
@@ -97,6 +101,19 @@ class Worker:
         sock = socket.socket(fileno=self._settings.channel_fd)
         sock.setblocking(False)
         await loop.create_unix_connection(lambda: self._channel, sock=sock)
+        heartbeats = asyncio.create_task(self._send_heartbeats())
+        try:
+            await self._run()
+        finally:
+            heartbeats.cancel()
+            self._channel.close()
+
+    async def _send_heartbeats(self) -> None:
+        while True:
+            self._channel.send(Heartbeat())
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+
+    async def _run(self) -> None:
         started = asyncio.ensure_future(self._started.wait())
         await asyncio.wait((started, self._stopped), return_when=asyncio.FIRST_COMPLETED)
         started.cancel()
@@ -114,7 +131,6 @@ class Worker:
             await runner.cleanup()
             self._usage.close()
             self._context.events.flush()
-            self._channel.close()
 
     async def _serve(self, local_routes: web.Server) -> None:
         """Serve requests until the supervisor requests a drain, then drain."""
@@ -184,6 +200,7 @@ def _raise_descriptors() -> None:
 def run_worker(make: Callable[[WorkerSettings], Worker]) -> int:
     """Run a worker process; returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(STACK_SIGNAL)  # writes the stack of each thread to stderr
     _keep_memory()
     _raise_descriptors()
     setup_logging()

@@ -1,14 +1,15 @@
 """The channel between the supervisor and one worker, over a socket pair.
 
-The supervisor sends routes and keys; the worker reports that it is ready and which models have held
-requests. The messenger, which is a worker without a listener, also reports the state of its
-streams. Loads are shared through the load table instead. Messages are msgpack, each preceded by
-its length (4 bytes, big-endian). A worker that loses the channel drains.
+The supervisor sends routes and keys; the worker reports that it is ready, that its event loop runs,
+and which models have held requests. The messenger, which is a worker without a listener, also
+reports the state of its streams. Loads are shared through the load table instead. Messages are
+msgpack, each preceded by its length (4 bytes, big-endian). A worker that loses the channel drains.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -77,6 +78,10 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     pid: int
 
 
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):
+    """The worker's event loop runs. Sent every HEARTBEAT_INTERVAL_S."""
+
+
 class Demand(msgspec.Struct, frozen=True, tag="demand", array_like=True):
     """A request is held for a model without an endpoint: check the load table now."""
 
@@ -142,9 +147,12 @@ class EventReport(msgspec.Struct, frozen=True, tag="events", array_like=True):
 
 
 REPORT_INTERVAL_S = 1.0
+HEARTBEAT_INTERVAL_S = 1.0
+# Has a worker write where it hangs. SIGABRT would leave a core file, with prompts and keys.
+STACK_SIGNAL = signal.SIGUSR1
 
 Down = Snapshot | Delta | KeySnapshot | KeyDelta | Drain
-Up = Ready | Demand | Streams | UsageReport | EventReport
+Up = Ready | Heartbeat | Demand | Streams | UsageReport | EventReport
 
 
 class Channel(asyncio.Protocol):

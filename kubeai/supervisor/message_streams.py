@@ -7,9 +7,8 @@ What a messenger counted after its last report is lost when it is killed: up to
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from typing_extensions import override
@@ -19,8 +18,6 @@ from kubeai.brokers.urls import public_url
 from kubeai.routing.channel import OUTCOMES, Side, StreamReport, Streams
 from kubeai.supervisor.scraped import Scraped
 
-# A messenger that reports nothing for this long is killed: its event loop hangs.
-SILENCE_MAX_S = 60.0
 _SIDES = ("requests", "responses")
 _COUNTERS = {
     "received": "Total number of deliveries of messages from the broker.",
@@ -32,35 +29,22 @@ _COUNTERS = {
 
 
 class MessageStreams(Scraped):
-    """See the module. ``clock``: seconds, monotonic."""
+    """See the module."""
 
-    def __init__(self, messaging: Messaging, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, messaging: Messaging) -> None:
         self._urls = [public_url(stream.requests_url) for stream in messaging.streams]
-        self._clock = clock
         self._before = [Counter[str]() for _ in self._urls]  # counted by earlier messengers
         self._reports = [StreamReport() for _ in self._urls]
-        self._reported_s: float | None = None  # the last report; None: the process is not ready
-
-    def ready(self) -> None:
-        """The messenger's process is ready."""
-        self._reported_s = self._clock()
 
     def report(self, streams: Streams) -> None:
         """Take in a report of the messenger."""
         self._reports = list(streams.reports)
-        self._reported_s = self._clock()
 
     def ended(self) -> None:
         """The messenger's process has ended."""
         for before, report in zip(self._before, self._reports, strict=True):
             before.update(_counts(report))
         self._reports = [StreamReport() for _ in self._urls]
-        self._reported_s = None
-
-    @property
-    def is_silent(self) -> bool:
-        """Whether a messenger that was ready does not report any more."""
-        return self._reported_s is not None and self._clock() - self._reported_s > SILENCE_MAX_S
 
     @property
     def problems(self) -> list[str]:

@@ -40,7 +40,7 @@ from kubeai.supervisor.key_metrics import KeyLimits
 from kubeai.supervisor.listeners import authority, listen, parse_address
 from kubeai.supervisor.loads import AllLoads
 from kubeai.supervisor.memory import Memory
-from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
+from kubeai.supervisor.message_streams import MessageStreams
 from kubeai.supervisor.metrics import Metrics
 from kubeai.supervisor.peers.peers import LOADS_PATH, METRICS_HEADERS, Peers
 from kubeai.supervisor.pod_condition import PodCondition
@@ -192,9 +192,7 @@ class Supervisor:
             workers,
             None,
             program=program._replace(module=MESSENGER, messaging=messaging),
-            reports=reports._replace(
-                ready=streams.ready, streams=streams.report, end=streams.ended
-            ),
+            reports=reports._replace(ready=lambda: None, streams=streams.report, end=streams.ended),
         )
 
     def _make_console(self, kube: Kube, namespace: str, *, local: bool) -> Console:
@@ -378,13 +376,12 @@ class Supervisor:
         gc.freeze()
 
     async def _sweep(self) -> None:
-        """Free unused rows. Signal demand again, in case a worker's message was lost. End a
-        messenger that hangs, which would keep rows from being freed."""
+        """Free unused rows. Signal demand again, in case a worker's message was lost. Kill
+        processes that hang, which would keep rows from being freed."""
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
-            if self._messenger is not None and self._streams.is_silent:
-                log.error("messenger hangs, killing it", silent_s=SILENCE_MAX_S)
-                self._messenger.kill()
+            for process in self._processes:
+                process.check(SWEEP_INTERVAL_S)
             acknowledged = [
                 self.table.acknowledged(each.column) for each in self._processes if each.alive
             ]

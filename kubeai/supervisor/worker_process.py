@@ -1,4 +1,5 @@
-"""The supervisor's handle of one worker process: starts it, restarts it, talks to it.
+"""The supervisor's handle of one worker process: starts it, restarts it, talks to it, and kills
+it if it hangs.
 
 The messenger is such a process too, without a listener.
 """
@@ -17,6 +18,7 @@ from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
 from kubeai.processes import Command, Process, Spawn
 from kubeai.routing.channel import (
+    STACK_SIGNAL,
     Channel,
     Demand,
     Down,
@@ -34,7 +36,8 @@ log = get_logger(__name__)
 RESPAWN_BACKOFF_FIRST_S, RESPAWN_BACKOFF_MAX_S = 0.2, 5.0
 CHANNEL_END_TIMEOUT_S = 1.0
 RESPAWN_SETTLED_S = 10.0  # a worker that ran this long is restarted at once
-
+# A process that sends nothing for this long hangs. It sends a Heartbeat each second.
+SILENCE_MAX_S = 30.0
 
 WORKER = "kubeai.gateway.worker"
 MESSENGER = "kubeai.messenger"
@@ -96,6 +99,11 @@ class WorkerProcess:
         self._spawn = spawn
         self._channel: Channel | None = None
         self._process: Process | None = None
+        self._silent_s: float | None = None  # None: the process has sent nothing yet
+
+    @property
+    def _name(self) -> str:
+        return "worker" if self._program.module == WORKER else "messenger"
 
     async def run(self) -> None:
         """Start the process, and restart it when it exits, until ``stopping``."""
@@ -109,9 +117,8 @@ class WorkerProcess:
             self._reports.end()
             if self.stopping:
                 return
-            name = "worker" if self._program.module == WORKER else "messenger"
             log.error(
-                "process died", process=name, worker=self.column, pid=self.pid, exit_code=code
+                "process died", process=self._name, worker=self.column, pid=self.pid, exit_code=code
             )
             await asyncio.sleep(backoff.next_s(loop.time() - started))
             self.restarts += 1
@@ -146,6 +153,7 @@ class WorkerProcess:
             self.ready = False
             self._channel = None
             self._process = None
+            self._silent_s = None
             channel.close()
 
     def _settings(self, channel_fd: int) -> WorkerSettings:
@@ -166,6 +174,7 @@ class WorkerProcess:
         )
 
     def _received(self, message: object) -> None:
+        self._silent_s = 0.0
         if isinstance(message, Ready):
             self.ready = True
             self._reports.ready()
@@ -182,6 +191,28 @@ class WorkerProcess:
         """Send a message to the process; dropped if it does not run."""
         if self._channel is not None:
             self._channel.send(message)
+
+    def check(self, elapsed_s: float) -> None:
+        """Kill a process that hangs. ``elapsed_s``: the interval of the calls.
+
+        It is not measured, because no worker hangs when the whole machine, or the supervisor, has
+        stood still. One check before it is killed, the process writes its stack.
+        """
+        if self._process is None or self._silent_s is None:
+            return
+        before_s = self._silent_s
+        self._silent_s += elapsed_s
+        if before_s > SILENCE_MAX_S:
+            self._process.kill()
+        elif self._silent_s > SILENCE_MAX_S:
+            log.error(
+                "process hangs",
+                process=self._name,
+                worker=self.column,
+                pid=self.pid,
+                silent_s=self._silent_s,
+            )
+            self._process.send_signal(STACK_SIGNAL)
 
     @property
     def alive(self) -> bool:

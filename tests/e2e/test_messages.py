@@ -18,7 +18,7 @@ from harness import chat, model, replicas, running, scrape, until
 from kubeai.api.config.system import MessageStream, Messaging
 from kubeai.brokers import urls
 from kubeai.processes import spawn_by_exec
-from kubeai.supervisor import message_streams
+from kubeai.supervisor import worker_process
 
 SITE = str(Path(__file__).parents[1] / "fakes" / "broker_site")
 SLOW = ("--decode-tokens-per-second=20", "--max-batch=64")
@@ -199,7 +199,7 @@ async def test_a_messenger_that_hangs_is_replaced(monkeypatch):
     monkeypatch.setitem(sys.modules, "kubeai.brokers.test", tcp_broker)
     implementation = urls.Implementation("test", "Client", "asyncio", "test")
     monkeypatch.setitem(urls.IMPLEMENTATIONS, "test", implementation)
-    monkeypatch.setattr(message_streams, "SILENCE_MAX_S", 3.0)
+    monkeypatch.setattr(worker_process, "SILENCE_MAX_S", 3.0)
     broker = MemoryBroker()
     async with Server(broker).running() as server:
         stream = MessageStream(

@@ -28,10 +28,12 @@ from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.api.config.system import GatewayConfig, KeysConfig
 from kubeai.routing.channel import (
+    STACK_SIGNAL,
     Channel,
     Delta,
     Demand,
     Drain,
+    Heartbeat,
     KeyDelta,
     KeySnapshot,
     Ready,
@@ -48,9 +50,14 @@ class Supervised:
     """One worker process and what its supervisor holds for it."""
 
     async def start(
-        self, *, descriptors: tuple[int, int] | None = None, **config: Any
+        self,
+        *,
+        descriptors: tuple[int, int] | None = None,
+        stderr: int = asyncio.subprocess.DEVNULL,
+        **config: Any,
     ) -> "Supervised":
         """``descriptors``: the process's soft and hard limit of open files."""
+        self.stderr = stderr
         self.descriptors = descriptors or resource.getrlimit(resource.RLIMIT_NOFILE)
         self.table = LoadTable.create(64, 1)
         self.index = PrefixIndex.create(64, 1024)
@@ -81,7 +88,7 @@ class Supervised:
                 "kubeai.gateway.worker",
                 env={**os.environ, **settings.environment},
                 pass_fds=settings.descriptors,
-                stderr=asyncio.subprocess.DEVNULL,
+                stderr=self.stderr,
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, self.descriptors),
             )
         self.channel = Channel(Up, self.received.append, self.ended.set)
@@ -181,7 +188,7 @@ async def test_it_serves_once_it_has_the_keys_that_it_requires_and_follows_their
     await until(
         lambda: worker.table.acknowledged(0) == worker.publisher.version, within_s=START_MAX_S
     )
-    assert worker.received == []
+    assert set(worker.received) <= {Heartbeat()}, "it is not ready"
     worker.channel.send(KeySnapshot(worker.publisher.version, (record("alice", ALICE),)))
     await until(lambda: Ready(worker.process.pid) in worker.received)
     assert (await wire.head()).status == 200
@@ -290,6 +297,28 @@ async def test_it_explains_itself_when_started_manually():
     _, error = await process.communicate()
     assert process.returncode == 2
     assert b"kubeai serve" in error
+
+
+async def test_it_sends_heartbeats_before_and_after_it_is_ready(start):
+    worker = await start()
+    await until(lambda: Heartbeat() in worker.received, within_s=START_MAX_S)
+    await worker.ready()
+    count = worker.received.count(Heartbeat())
+    await until(lambda: worker.received.count(Heartbeat()) > count + 1)
+
+
+async def test_it_writes_its_stack_when_asked_and_goes_on(start, engine):
+    worker = await start(stderr=asyncio.subprocess.PIPE)
+    worker.route("m", engine)
+    await worker.ready()
+    worker.process.send_signal(STACK_SIGNAL)
+    async with asyncio.timeout(WAIT_S):
+        stack = await worker.process.stderr.readuntil(b"in <module>")
+    assert b"in run_worker" in stack
+    wire = await connect(worker.port)
+    await wire.send(post())
+    assert (await wire.answer()).body == b"here"
+    wire.close()
 
 
 async def test_it_accepts_as_many_connections_as_its_descriptors_allow(start, engine):

@@ -7,7 +7,7 @@ from kubeai.api.config.system import parse_config
 from kubeai.errors import ConfigError, KubeAIError
 from kubeai.routing.channel import Side, StreamReport, Streams
 from kubeai.supervisor.checks import PROCESSES_MAX, check_settings, check_streams
-from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
+from kubeai.supervisor.message_streams import MessageStreams
 from kubeai.supervisor.supervisor import Supervisor
 
 UP, DOWN = Side(True, 1), Side(False, 1, "connection refused")
@@ -19,21 +19,9 @@ messaging:
 """
 
 
-class Clock:
-    now_s = 0.0
-
-    def __call__(self):
-        return self.now_s
-
-
 @pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def streams(clock):
-    return MessageStreams(parse_config(CONFIG).messaging, clock)
+def streams():
+    return MessageStreams(parse_config(CONFIG).messaging)
 
 
 def scrape(streams):
@@ -88,20 +76,6 @@ def test_problems_name_the_side_and_no_credentials(streams):
     streams.report(report())
     assert streams.problems == []
     assert "secret" not in repr(list(streams.collect()))
-
-
-def test_a_messenger_that_reports_no_more_is_silent(streams, clock):
-    clock.now_s = 1000
-    assert not streams.is_silent, "it may still be starting"
-    streams.ready()
-    clock.now_s += SILENCE_MAX_S
-    streams.report(report())
-    clock.now_s += SILENCE_MAX_S
-    assert not streams.is_silent
-    clock.now_s += 1
-    assert streams.is_silent
-    streams.ended()
-    assert not streams.is_silent
 
 
 def test_streams_are_refused_behind_another_gateway():
