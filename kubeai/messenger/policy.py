@@ -2,8 +2,9 @@
 
 An attempt is one request through the gateway, which itself retries on other endpoints. It counts as
 failed if it was sent to an engine and its status is 429 or 5xx. A request that ended while it was
-held for a model without an endpoint has not failed: it waits on, up to a limit of its own. Pure: no
-I/O.
+held for a model without an endpoint has not failed: it waits on, up to a limit of its own. A
+request that seems to have crashed its engine is tried once more: the engine's machine may have
+failed just then. Pure: no I/O.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from kubeai.kube.backoff import Backoff
 from kubeai.messenger.message import Answer
 
 ATTEMPTS_MAX_COUNT = 8  # failed ones; with errorMaxBackoff 30s, about a minute and what they took
+CRASHES_MAX_COUNT = 2  # of engines
 FAILED_MAX_S = 1800.0  # that failed attempts may take together: engines that time out waste GPUs
 HELD_MAX_S = 6 * 3600.0  # that a message waits for endpoints of its model, in one process
 BACKOFF_FIRST_S = 1.0
@@ -28,14 +30,16 @@ class Verdict(Enum):
 
     DONE = "done"  # it is the message's response
     FAILED = "failed"  # the attempt has failed: try again
+    CRASHED = "crashed"  # it has failed, and its engine has died
     WAIT = "wait"  # no endpoint could take the request: try again, uncounted
 
 
 def judge(answer: Answer, held: bool) -> Verdict:
     """Judge a response. ``held``: the gateway gave it while it held the request.
 
-    ``x-should-retry: false`` marks a crash of the engine that the request caused, and a model that
-    cannot start until a user fixes it. The latter may be fixed while the message is tried again.
+    ``x-should-retry: false`` marks a crash of the engine that the request seems to have caused
+    (502), a model that cannot start until a user fixes it, and errors that the engine regards as
+    final. The model may be fixed while the message is tried again.
     """
     status = answer.status
     hopeless = answer.headers.get("x-should-retry") == "false"
@@ -43,6 +47,8 @@ def judge(answer: Answer, held: bool) -> Verdict:
         if status not in (503, 504):
             return Verdict.DONE  # the model was deleted
         return Verdict.FAILED if hopeless else Verdict.WAIT
+    if hopeless and status == 502:
+        return Verdict.CRASHED
     if hopeless or status in (501, 505) or (status < 500 and status != 429):
         return Verdict.DONE
     return Verdict.FAILED
@@ -54,6 +60,7 @@ class Attempts:
     def __init__(self, backoff_max_s: float) -> None:
         """``backoff_max_s``: the config's ``errorMaxBackoff``."""
         self.failed = 0
+        self._crashes = 0
         self._failed_s = 0.0
         self._held_s = 0.0
         self._backoff_max_s = backoff_max_s
@@ -67,13 +74,15 @@ class Attempts:
         ``took_s``: how long this attempt took, without ``held_s``, the time for which it was held.
         """
         self._held_s += held_s
-        if verdict is Verdict.FAILED:
+        if verdict in (Verdict.FAILED, Verdict.CRASHED):
             self.failed += 1
+            self._crashes += verdict is Verdict.CRASHED
             self._failed_s += took_s
         elif held_s >= self._backoff_max_s:
             self._backoff.reset()  # it has waited enough
         if (
             self.failed >= ATTEMPTS_MAX_COUNT
+            or self._crashes >= CRASHES_MAX_COUNT
             or self._failed_s >= FAILED_MAX_S
             or self._held_s >= HELD_MAX_S
         ):
