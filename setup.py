@@ -157,6 +157,7 @@ def translate(extensions: list[Extension]) -> list[Extension]:
     show("  translating the modules to C")
     return cythonize(
         extensions,
+        nthreads=os.cpu_count() or 1,
         language_level=3,
         compiler_directives={
             "boundscheck": False,
