@@ -27,7 +27,11 @@ from kubeai.brokers.base import (
     MessageTooLarge,
 )
 from kubeai.brokers.nats import core as nats_core
-from kubeai.brokers.nats.jetstream import CREATED_ACK_WAIT_S, HEARTBEAT_S
+from kubeai.brokers.nats.jetstream import (
+    CREATED_ACK_WAIT_S,
+    HEARTBEAT_S,
+    JetStreamSubscription,
+)
 from kubeai.brokers.urls import open_broker
 from kubeai.local import certificates
 
@@ -184,6 +188,23 @@ class TestJetStreamOptions:
                             await subscription.receive(1)
                 finally:
                     server.start()
+
+    async def test_a_connection_that_the_library_fails_to_close_leaves_no_task(self, server):
+        """It fails if the connection is reset while it writes what was not sent yet."""
+
+        async def fails():
+            raise ConnectionResetError
+
+        async with stream_of(server) as (_, subject, _js):
+            url = f"nats://{subject}?jetstream"
+            before = asyncio.all_tasks()
+            async with subscribed(url, server.environment) as subscription:
+                assert isinstance(subscription, JetStreamSubscription)
+                client = subscription.connection.client
+                await client.publish("unread", b"1")
+                client._transport.drain = fails
+            await asyncio.sleep(0)
+            assert asyncio.all_tasks() <= before
 
     async def test_response_that_is_published_again_is_dropped_by_the_stream(self, server):
         async with stream_of(server) as (name, subject, js):
