@@ -104,6 +104,7 @@ class AdapterWorld(World):
         super().__init__()
         self.auto_ready = False
         self.engines = {}
+        self.refuse = False  # whether a new engine refuses to load adapters
         self.kube.executed = self._exec
         self._tasks = set()
 
@@ -115,6 +116,7 @@ class AdapterWorld(World):
 
     async def _start(self, name):
         engine_ = self.engines[name] = Engine()
+        engine_.refuse = self.refuse
         port = await engine_.start()
         obj = copy.deepcopy(self.kube.objects["pods", name])
         where = {"model-pod-ip": "127.0.0.1", "model-pod-port": str(port)}
@@ -293,12 +295,10 @@ async def test_an_adapter_that_fails_to_load_does_not_block_the_others(world):
 
 
 async def test_a_refused_load_is_retried(world):
-    world.apply(replicas=1)
+    world.refuse = True
+    world.apply(replicas=1, adapters=both(a=A))
     await world.until(lambda: len(world.engines) == 1)
-    world.apply(adapters=both(a=A))
-    await world.until(lambda: len(world.engines) == 2)
-    one = list(world.engines.values())[1]
-    one.refuse = True
+    (one,) = world.engines.values()
     await world.until(lambda: one.log.count("load a") >= 2)
     assert one.log.count(f"load {A} /adapters/a") == 1  # the files are still there
     one.refuse = False
