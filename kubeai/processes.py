@@ -83,15 +83,43 @@ Spawn = Callable[[Command], Awaitable[Process]]  # OSError if the process cannot
 
 async def spawn_by_exec(command: Command) -> Process:
     """Start a new interpreter."""
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", command.module, *command.arguments),
-        env=command.env,
-        stdin=None if command.output is None else asyncio.subprocess.DEVNULL,
-        stdout=command.output,
-        stderr=command.output,
-        pass_fds=command.pass_fds,
-        start_new_session=command.new_session,
+    return _ExecProcess(
+        await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", command.module, *command.arguments),
+            env=command.env,
+            stdin=None if command.output is None else asyncio.subprocess.DEVNULL,
+            stdout=command.output,
+            stderr=command.output,
+            pass_fds=command.pass_fds,
+            start_new_session=command.new_session,
+        )
     )
+
+
+class _ExecProcess:
+    """asyncio's process, whose methods raise ProcessLookupError once it has exited."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.pid = process.pid
+        self._process = process
+
+    @property
+    def returncode(self) -> int | None:
+        """See Process."""
+        return self._process.returncode
+
+    async def wait(self) -> int:
+        """See Process."""
+        return await self._process.wait()
+
+    def send_signal(self, number: int) -> None:
+        """See Process."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """See Process."""
+        self.send_signal(signal.SIGKILL)
 
 
 class ForkServer:

@@ -200,7 +200,8 @@ def _raise_descriptors() -> None:
 def run_worker(make: Callable[[WorkerSettings], Worker]) -> int:
     """Run a worker process; returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.register(STACK_SIGNAL)  # writes the stack of each thread to stderr
+    if sys.stderr is not None:
+        faulthandler.register(STACK_SIGNAL)  # writes the stack of each thread to stderr
     _keep_memory()
     _raise_descriptors()
     setup_logging()

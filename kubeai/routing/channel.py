@@ -148,7 +148,7 @@ class EventReport(msgspec.Struct, frozen=True, tag="events", array_like=True):
 
 REPORT_INTERVAL_S = 1.0
 HEARTBEAT_INTERVAL_S = 1.0
-# Has a worker write where it hangs. SIGABRT would leave a core file, with prompts and keys.
+# Makes a worker dump its stack. SIGABRT would leave a core file, with prompts and keys.
 STACK_SIGNAL = signal.SIGUSR1
 
 Down = Snapshot | Delta | KeySnapshot | KeyDelta | Drain

@@ -36,6 +36,7 @@ log = get_logger(__name__)
 RESPAWN_BACKOFF_FIRST_S, RESPAWN_BACKOFF_MAX_S = 0.2, 5.0
 CHANNEL_END_TIMEOUT_S = 1.0
 RESPAWN_SETTLED_S = 10.0  # a worker that ran this long is restarted at once
+START_MAX_S = 300.0  # until a process sends its first message, which does not wait for routes
 # A process that sends nothing for this long hangs. It sends a Heartbeat each second.
 SILENCE_MAX_S = 30.0
 
@@ -99,7 +100,8 @@ class WorkerProcess:
         self._spawn = spawn
         self._channel: Channel | None = None
         self._process: Process | None = None
-        self._silent_s: float | None = None  # None: the process has sent nothing yet
+        self._heard = False  # whether the process has sent anything
+        self._silent_s = 0.0  # since then, or since its start
 
     @property
     def _name(self) -> str:
@@ -136,6 +138,7 @@ class WorkerProcess:
                 )
             )
             self._process = process
+            self._heard, self._silent_s = False, 0.0
             self.pid = process.pid
             theirs.close()
             channel = Channel(Up, self._received, lambda: None)
@@ -145,6 +148,7 @@ class WorkerProcess:
             self.send(message)
         try:
             code = await process.wait()
+            self._process = None
             # What it has sent is still to be read, unless another process keeps the other end open.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(channel.ended.wait(), CHANNEL_END_TIMEOUT_S)
@@ -153,7 +157,6 @@ class WorkerProcess:
             self.ready = False
             self._channel = None
             self._process = None
-            self._silent_s = None
             channel.close()
 
     def _settings(self, channel_fd: int) -> WorkerSettings:
@@ -174,7 +177,7 @@ class WorkerProcess:
         )
 
     def _received(self, message: object) -> None:
-        self._silent_s = 0.0
+        self._heard, self._silent_s = True, 0.0
         if isinstance(message, Ready):
             self.ready = True
             self._reports.ready()
@@ -196,23 +199,35 @@ class WorkerProcess:
         """Kill a process that hangs. ``elapsed_s``: the interval of the calls.
 
         It is not measured, because no worker hangs when the whole machine, or the supervisor, has
-        stood still. One check before it is killed, the process writes its stack.
+        stood still. One check before it is killed, the process writes its stack, unless it has not
+        got as far as that.
         """
-        if self._process is None or self._silent_s is None:
+        if self._process is None:
             return
-        before_s = self._silent_s
+        before_s, limit_s = self._silent_s, self._silence_max_s
         self._silent_s += elapsed_s
-        if before_s > SILENCE_MAX_S:
+        if before_s > limit_s:
             self._process.kill()
-        elif self._silent_s > SILENCE_MAX_S:
+        elif self._silent_s > limit_s:
+            if self._heard:
+                self._process.send_signal(STACK_SIGNAL)
             log.error(
-                "process hangs",
+                "process hangs, killing it",
                 process=self._name,
                 worker=self.column,
                 pid=self.pid,
                 silent_s=self._silent_s,
             )
-            self._process.send_signal(STACK_SIGNAL)
+
+    @property
+    def _silence_max_s(self) -> float:
+        if not self._heard:
+            return START_MAX_S
+        if self._channel is None or self._channel.ended.is_set():
+            # Without the channel it drains, and cannot send anything.
+            gateway = self._program.gateway
+            return gateway.drain_accept_s + gateway.drain_timeout_s + SILENCE_MAX_S
+        return SILENCE_MAX_S
 
     @property
     def alive(self) -> bool:

@@ -19,7 +19,7 @@ async def respond(wire, _):
 @pytest.mark.slow
 async def test_connections_that_a_hanging_worker_has_not_accepted_are_served(monkeypatch):
     monkeypatch.setenv("LOG_LEVEL", "critical")
-    monkeypatch.setattr(worker_process, "SILENCE_MAX_S", 3.0)
+    monkeypatch.setattr(worker_process, "SILENCE_MAX_S", 8.0)
     engine = await Engine(respond).start()
     route = Route("m", "VLLM", endpoints=(Endpoint("pod", engine.address),))
     fleet = await Fleet.start([route], workers=1)
@@ -31,7 +31,7 @@ async def test_connections_that_a_hanging_worker_has_not_accepted_are_served(mon
             await wire.send(post(body=b'{"model":"m"}'))
         answers = await asyncio.gather(*(wire.answer() for wire in wires))
         assert {each.body for each in answers} == {b"here"}
-        assert fleet.ready
+        await until(lambda: fleet.ready)
         assert fleet.pids != [hanging]
         await until(lambda: not fleet.counts())
         for wire in wires:

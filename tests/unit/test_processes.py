@@ -86,6 +86,7 @@ async def body(server):
                 output=output.fileno(), pass_fds=(write,), new_session=True,
             ))
             assert await process.wait() == process.returncode == 0
+            process.kill()  # not an error
         print(json.dumps([os.getpid(), write, json.load(open(sys.argv[1]))]))
 """
     forked, started = map(json.loads, run(body).splitlines())

@@ -17,11 +17,13 @@ from kubeai.supervisor.memory import Memory
 from kubeai.supervisor.worker_process import (
     CHANNEL_END_TIMEOUT_S,
     SILENCE_MAX_S,
+    START_MAX_S,
     Program,
     Reports,
     WorkerProcess,
 )
 
+DRAIN_MAX_S = GatewayConfig().drain_accept_s + GatewayConfig().drain_timeout_s
 ROW = UsageRow("alice", "acme", "m", 1, 0, 10, 2, 5)
 
 
@@ -130,7 +132,7 @@ async def running(make):
 
 async def heard(process):
     """Return once the process's last message has been received."""
-    await until(lambda: process._silent_s == 0.0)
+    await until(lambda: process._heard and process._silent_s == 0.0)
 
 
 async def test_the_last_reports_of_a_worker_are_read_after_its_exit(worker):
@@ -159,11 +161,62 @@ async def test_a_process_that_sends_nothing_writes_its_stack_and_is_killed(runni
     assert child.killed.is_set()
 
 
-async def test_a_process_that_starts_slowly_is_not_killed(running):
+async def test_a_process_that_starts_slowly_is_killed_only_after_minutes(running):
+    """No signal comes first, because the process may not handle it yet."""
     process, child = running
     for _ in range(10):
-        process.check(SILENCE_MAX_S)
+        process.check(START_MAX_S / 10)
     assert not child.killed.is_set()
+    process.check(0.5)
+    assert not child.killed.is_set()
+    process.check(0.5)
+    assert child.killed.is_set()
+    assert not child.signals
+
+
+async def test_a_process_without_its_channel_has_time_to_drain(running):
+    process, child = running
+    child.beat()
+    await heard(process)
+    child.end.close()
+    await until(process._channel.ended.is_set)
+    process.check(DRAIN_MAX_S + SILENCE_MAX_S)
+    process.check(0.5)
+    assert not child.killed.is_set()
+    process.check(0.5)
+    assert child.killed.is_set()
+
+
+async def test_a_process_that_has_exited_is_not_signalled(make):
+    """Another process may keep the channel open, so that its end is not known for a second."""
+    heirs = []
+    exited = asyncio.Event()
+
+    class Exited(Exits):
+        async def wait(self):
+            exited.set()
+            return 0
+
+        def kill(self):
+            raise ProcessLookupError
+
+        def send_signal(self, number):
+            raise ProcessLookupError
+
+    async def spawn(command, process):
+        process.stopping = True
+        return Exited(command, reports=1, heirs=heirs)
+
+    process = make(spawn)
+    life = asyncio.create_task(process.run())
+    await exited.wait()
+    await asyncio.sleep(0)
+    assert not life.done()
+    for _ in range(3):
+        process.check(START_MAX_S + 1)
+    assert not process.alive
+    heirs.pop().close()
+    await life
 
 
 async def test_a_heartbeat_ends_the_silence(running):
