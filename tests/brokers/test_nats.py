@@ -203,8 +203,7 @@ class TestJetStreamOptions:
                 client = subscription.connection.client
                 await client.publish("unread", b"1")
                 client._transport.drain = fails
-            await asyncio.sleep(0)
-            assert asyncio.all_tasks() <= before
+            await until("its tasks have ended", lambda: asyncio.all_tasks() <= before)
 
     async def test_response_that_is_published_again_is_dropped_by_the_stream(self, server):
         async with stream_of(server) as (name, subject, js):

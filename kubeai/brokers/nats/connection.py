@@ -179,10 +179,12 @@ class Connection:
 
     async def close(self) -> None:
         """Close the connection. Does not raise."""
-        await self.lifetime.close(self.client.close(), self._abort)
-        # nats-py ends its subscriptions last, and not at all if its socket has failed by then.
-        for subscription in self.client._subs.values():
-            subscription._stop_processing()
+        try:
+            await self.lifetime.close(self.client.close(), self._abort)
+        finally:  # also if the caller is cancelled
+            # nats-py ends its subscriptions last, and not at all if its socket has failed by then.
+            for subscription in self.client._subs.values():
+                subscription._stop_processing()
 
     def _abort(self) -> None:
         """Close the socket; a silent server would keep it open as long as anything is unsent."""
