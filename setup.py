@@ -10,6 +10,7 @@ The version comes from git's tags; see `version`.
 
 import contextlib
 import email.parser
+import multiprocessing
 import os
 import re
 import subprocess
@@ -155,9 +156,11 @@ def modules() -> list[Extension]:
 def translate(extensions: list[Extension]) -> list[Extension]:
     """Translate modules to C. `release/wheels.py` compiles the result for other machines."""
     show("  translating the modules to C")
+    # A process that is not forked would not know `Options.warning_errors`.
+    parallel = not Options.warning_errors or multiprocessing.get_start_method() == "fork"
     return cythonize(
         extensions,
-        nthreads=os.cpu_count() or 1,
+        nthreads=min(len(extensions), os.cpu_count() or 1) if parallel else 0,
         language_level=3,
         compiler_directives={
             "boundscheck": False,
