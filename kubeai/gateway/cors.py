@@ -26,7 +26,7 @@ METHODS = "GET, HEAD, POST, OPTIONS"
 EXPOSED = ", ".join(
     (
         *("X-Request-Id", "request-id", "Retry-After", "x-should-retry"),
-        *("X-KubeAI-Waited", "X-KubeAI-Explain", "X-KubeAI-Model"),
+        *("X-KubeAI-Waited", "X-KubeAI-Explain", "X-KubeAI-Model", "X-KubeAI-Crashed-Engines"),
         *(
             f"x-ratelimit-{what}-{of}"
             for of in ("requests", "tokens")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from kubeai.logs import get_logger
-from kubeai.openai.errors import ErrorResponse
+from kubeai.openai.errors import EngineDied, ErrorResponse
 
 if TYPE_CHECKING:
     from kubeai._counts import Reservation
@@ -106,7 +106,6 @@ class Retries:
         "_budget",
         "_clock",
         "_granted",
-        "_kills",
         "_max_count",
         "_probe",
         "_random",
@@ -114,6 +113,7 @@ class Retries:
         "_status",
         "_timeouts",
         "_tried",
+        "crashes",
     )
 
     def __init__(
@@ -133,7 +133,7 @@ class Retries:
         self._clock = clock
         self._random = random
         self._retried_500 = False
-        self._kills = 0
+        self.crashes = 0  # of engines, during attempts
         self._tried: tuple[str, ...] = ()  # endpoints that failed, in order
         self._granted = True  # whether the next retry is within the budget
         self._status = NO_ANSWER  # of the last failed attempt
@@ -206,8 +206,8 @@ class Retries:
 
         It is if it was the only request on the engine, or if this is the second engine to crash.
         """
-        self._kills += 1
-        return alone or self._kills > 1
+        self.crashes += 1
+        return alone or self.crashes > 1
 
     def elsewhere(
         self, routed: RoutedModel, prompt: Prompt, adapter: str | None
@@ -296,9 +296,4 @@ async def check_loss(retries: Retries, routed: RoutedModel, lost: Reservation, a
         return
     if retries.killed(alone and not gone):
         log.error("request crashed its engine", model=routed.route.model, endpoint=lost.name)
-        raise ErrorResponse(
-            "The engine crashed while serving this request. It is not retried.",
-            status=502,
-            code="engine_died",
-            is_retryable=False,
-        )
+        raise EngineDied(retries.crashes)

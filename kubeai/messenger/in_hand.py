@@ -166,7 +166,7 @@ class InHand(Gate):
             if wait_s is None:
                 self.given_up = True
                 return answer
-            if verdict is not Verdict.WAIT:
+            if verdict is Verdict.FAILED:
                 self._shared.retried()
             self.enter(Phase.BACKING_OFF)
             await asyncio.sleep(wait_s)

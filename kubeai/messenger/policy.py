@@ -3,7 +3,7 @@
 An attempt is one request through the gateway, which itself retries on other endpoints. It counts as
 failed if it was sent to an engine and its status is 429 or 5xx. A request that ended while it was
 held for a model without an endpoint has not failed: it waits on, up to a limit of its own. A
-request that seems to have crashed its engine is tried once more: the engine's machine may have
+request that seems to have crashed one engine is tried once more: the engine's machine may have
 failed just then. Pure: no I/O.
 """
 
@@ -13,9 +13,10 @@ from enum import Enum
 
 from kubeai.kube.backoff import Backoff
 from kubeai.messenger.message import Answer
+from kubeai.openai.errors import CRASHED_ENGINES
 
 ATTEMPTS_MAX_COUNT = 8  # failed ones; with errorMaxBackoff 30s, about a minute and what they took
-CRASHES_MAX_COUNT = 2  # of engines
+CRASHES_MAX_COUNT = 2  # of engines; after that many, the message is given up
 FAILED_MAX_S = 1800.0  # that failed attempts may take together: engines that time out waste GPUs
 HELD_MAX_S = 6 * 3600.0  # that a message waits for endpoints of its model, in one process
 BACKOFF_FIRST_S = 1.0
@@ -30,16 +31,15 @@ class Verdict(Enum):
 
     DONE = "done"  # it is the message's response
     FAILED = "failed"  # the attempt has failed: try again
-    CRASHED = "crashed"  # it has failed, and its engine has died
     WAIT = "wait"  # no endpoint could take the request: try again, uncounted
 
 
 def judge(answer: Answer, held: bool) -> Verdict:
     """Judge a response. ``held``: the gateway gave it while it held the request.
 
-    ``x-should-retry: false`` marks a crash of the engine that the request seems to have caused
-    (502), a model that cannot start until a user fixes it, and errors that the engine regards as
-    final. The model may be fixed while the message is tried again.
+    ``x-should-retry: false`` marks a crash of the engine that the request seems to have caused, a
+    model that cannot start until a user fixes it, and errors that the engine regards as final. The
+    model may be fixed while the message is tried again.
     """
     status = answer.status
     hopeless = answer.headers.get("x-should-retry") == "false"
@@ -47,8 +47,8 @@ def judge(answer: Answer, held: bool) -> Verdict:
         if status not in (503, 504):
             return Verdict.DONE  # the model was deleted
         return Verdict.FAILED if hopeless else Verdict.WAIT
-    if hopeless and status == 502:
-        return Verdict.CRASHED
+    if _crashes(answer):
+        return Verdict.FAILED
     if hopeless or status in (501, 505) or (status < 500 and status != 429):
         return Verdict.DONE
     return Verdict.FAILED
@@ -74,9 +74,9 @@ class Attempts:
         ``took_s``: how long this attempt took, without ``held_s``, the time for which it was held.
         """
         self._held_s += held_s
-        if verdict in (Verdict.FAILED, Verdict.CRASHED):
+        self._crashes += _crashes(answer)
+        if verdict is Verdict.FAILED:
             self.failed += 1
-            self._crashes += verdict is Verdict.CRASHED
             self._failed_s += took_s
         elif held_s >= self._backoff_max_s:
             self._backoff.reset()  # it has waited enough
@@ -91,6 +91,12 @@ class Attempts:
         if verdict is Verdict.WAIT:
             self._held_s += wait_s  # a model that is known to be unavailable holds no request
         return wait_s
+
+
+def _crashes(answer: Answer) -> int:
+    """How many engines the request seems to have crashed in this attempt."""
+    text = answer.headers.get(CRASHED_ENGINES.lower(), "")
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def _retry_after_s(answer: Answer) -> float:

@@ -80,6 +80,23 @@ class UnsupportedCoding(ErrorResponse):
         self.accepted = accepted
 
 
+CRASHED_ENGINES = "X-KubeAI-Crashed-Engines"
+
+
+class EngineDied(ErrorResponse):
+    """502 for a request that is considered the cause of a crash."""
+
+    def __init__(self, count: int) -> None:
+        """``count``: of the engines that have crashed while they served the request."""
+        super().__init__(
+            "The engine crashed while serving this request. It is not retried.",
+            status=502,
+            code="engine_died",
+            is_retryable=False,
+        )
+        self.count = count
+
+
 class OpenAIErrorDetail(msgspec.Struct):
     """What went wrong, as OpenAI's API describes it."""
 
@@ -156,6 +173,8 @@ def error_answer(
     headers = {}
     if isinstance(error, UnsupportedCoding):
         headers["Accept-Encoding"] = error.accepted
+    if isinstance(error, EngineDied):
+        headers[CRASHED_ENGINES] = str(error.count)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"  # RFC 9110, section 15.5.2
     answer_format = error_format(origin_form(target).partition("?")[0])

@@ -198,7 +198,7 @@ ERRORS = (
     GatewayError(
         502,
         "engine_died",
-        "The engine crashed while it served this request; it is not sent to another replica",
+        "The engine crashed while it served this request; only a message is tried once more",
         "Look at the engine's log: `kubectl logs -l model=NAME --previous`",
         Retry.NEVER,
     ),

@@ -6,6 +6,7 @@ from typing import Any
 
 from kubeai.gateway.fallback import ANSWERED_BY
 from kubeai.gateway.holding import WAITED
+from kubeai.openai.errors import CRASHED_ENGINES
 
 Schema = dict[str, Any]
 SELECTOR, MAX_WAIT, REQUEST_ID = "X-Label-Selector", "X-KubeAI-Max-Wait", "X-Request-Id"
@@ -95,6 +96,11 @@ HEADERS: dict[str, Schema] = {
     **{name: _LIMITS[name.split("-")[2]] for name in LIMITS},
     RETRY_AFTER: _header("When the request may succeed, in seconds.", "integer", minimum=0),
     SHOULD_RETRY: _header("`false` if the same request will fail again.", enum=["false"]),
+    CRASHED_ENGINES: _header(
+        "How many engines crashed while they served the request. Only of `engine_died`.",
+        "integer",
+        minimum=1,
+    ),
     "request-id": _header("The value of X-Request-Id, as Anthropic's clients expect it."),
     "WWW-Authenticate": _header("`Bearer`.", enum=["Bearer"]),
     "Accept-Encoding": _header("The codings that the gateway accepts."),
@@ -104,7 +110,7 @@ OF_ERRORS: dict[int, tuple[str, ...]] = {
     401: ("WWW-Authenticate",),
     415: ("Accept-Encoding",),
     429: (RETRY_AFTER, SHOULD_RETRY, *LIMITS),
-    502: (SHOULD_RETRY,),
+    502: (SHOULD_RETRY, CRASHED_ENGINES),
     503: (RETRY_AFTER, SHOULD_RETRY),
     504: (RETRY_AFTER,),
 }

@@ -192,6 +192,7 @@ async def test_a_request_that_killed_its_engine_is_not_retried(start):
     answered = await wire.answer()
     assert answered.status == 502
     assert answered.one("x-should-retry") == "false", "OpenAI's clients would retry a 502"
+    assert answered.one("x-kubeai-crashed-engines") == "1"
     error = json.loads(answered.body)["error"]
     assert (error["code"], error["type"]) == ("engine_died", "server_error")
     assert sum(len(engine.requests) for engine in engines.values()) == 1
@@ -251,7 +252,9 @@ async def test_requests_on_a_crashed_engine_are_each_retried_elsewhere_once(star
     world.route("m", engines)
     both.set()
     for wire in wires:
-        assert (await error_of(wire, 502))["code"] == "engine_died"
+        answered = await wire.answer()
+        assert json.loads(answered.body)["error"]["code"] == "engine_died"
+        assert answered.one("x-kubeai-crashed-engines") == "2"
     assert [len(engine.requests) for engine in engines.values()] == [2, 1, 1]
 
 

@@ -266,6 +266,7 @@ def test_a_request_that_was_alone_or_twice_on_a_crashing_engine_is_blamed():
     retries = Retries(3)
     assert not retries.killed(alone=False), "another request may be to blame"
     assert retries.killed(alone=False)
+    assert retries.crashes == 2
 
 
 def took(budget, times, answered, now_s, likely=True):

@@ -27,18 +27,27 @@ def test_these_are_failed_attempts(status):
     assert judge(answer(status), held=False) is Verdict.FAILED
 
 
+def crash(engines):
+    return answer(502, x_should_retry="false", x_kubeai_crashed_engines=str(engines))
+
+
 def test_a_request_that_crashed_its_engine_is_tried_once_more():
-    crash = answer(502, x_should_retry="false")
-    assert judge(crash, held=False) is Verdict.CRASHED
+    assert judge(crash(1), held=False) is Verdict.FAILED
     attempts = Attempts(30.0)
     assert attempts.next_s(Verdict.FAILED, answer(500), 1.0, 0.0) is not None
-    assert attempts.next_s(Verdict.CRASHED, crash, 1.0, 0.0) is not None
+    assert attempts.next_s(Verdict.FAILED, crash(1), 1.0, 0.0) is not None
     assert attempts.next_s(Verdict.FAILED, answer(500), 1.0, 0.0) is not None
-    assert attempts.next_s(Verdict.CRASHED, crash, 1.0, 0.0) is None
+    assert attempts.next_s(Verdict.FAILED, crash(1), 1.0, 0.0) is None
 
 
-def test_an_error_that_the_engine_regards_as_final_is_a_response():
-    assert judge(answer(500, x_should_retry="false"), held=False) is Verdict.DONE
+def test_a_request_that_crashed_two_engines_at_once_is_not_tried_on_a_third():
+    assert judge(crash(2), held=False) is Verdict.FAILED
+    assert Attempts(30.0).next_s(Verdict.FAILED, crash(2), 1.0, 0.0) is None
+
+
+@pytest.mark.parametrize("status", [500, 502, 503])
+def test_an_error_that_the_engine_regards_as_final_is_a_response(status):
+    assert judge(answer(status, x_should_retry="false"), held=False) is Verdict.DONE
 
 
 @pytest.mark.parametrize("status", [503, 504])

@@ -120,6 +120,18 @@ async def test_a_failed_attempt_is_repeated_with_back_off():
         assert len(set(scene.gateway.ids)) == 1, "the attempts have one request ID"
 
 
+async def test_a_message_that_crashes_its_engine_again_is_given_up():
+    died = error(502, x_should_retry="false", x_kubeai_crashed_engines="1")
+    async with Scene(MemoryBroker()).running() as scene:
+        scene.gateway.serves["m"] = lambda *_: asyncio.sleep(0, died)
+        scene.ask()
+        await scene.done(1)
+        assert scene.answers[0]["status_code"] == 502
+        assert len(scene.gateway.requests) == 2
+        report = scene.stream.report()
+        assert (report.retried, report.dead) == (1, 1)
+
+
 async def test_after_the_last_attempt_its_error_is_the_response():
     async with Scene(MemoryBroker()).running() as scene:
         scene.gateway.serves["m"] = lambda *_: asyncio.sleep(0, error(503))

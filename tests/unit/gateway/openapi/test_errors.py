@@ -390,8 +390,8 @@ def pairs_of(call: ast.Call, names: dict[str, str]) -> set[Pair] | None:
             code = code or args.get("code")
         case ast.Attribute(attr="_say"):
             status, code = call.args[0], call.args[2] if len(call.args) > 2 else None
-        case ast.Attribute(attr="__init__") if "status" in keywords:  # UnsupportedCoding
-            status, code = keywords["status"], None
+        case ast.Attribute(attr="__init__") if "status" in keywords:  # of a subclass
+            status, code = keywords["status"], keywords.get("code")
         case _:
             return set()
     codes = code_values(code, names)
