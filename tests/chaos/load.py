@@ -158,14 +158,18 @@ class Publisher:
             await topic.close()
 
 
-async def read(broker: Broker, account: Account) -> None:
-    """Read responses until cancelled. They are acknowledged after they are accounted for."""
+async def read(broker: Broker, account: Account, subscribed: asyncio.Event) -> None:
+    """Read responses until cancelled. They are acknowledged after they are accounted for.
+
+    ``subscribed``: set before the first one is read. Kafka delivers no earlier ones.
+    """
     while True:
         try:
             subscription = await broker.subscribe()
         except BrokerUnavailable:
             await asyncio.sleep(RECONNECT_PAUSE_S)
             continue
+        subscribed.set()
         try:
             await _read(subscription, account)
         except BrokerUnavailable:

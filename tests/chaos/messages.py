@@ -38,6 +38,7 @@ from brokers.servers.proxy import Proxy
 from chaos.load import PROBLEMS_MAX_SHOWN, Account, Publisher, read
 from chaos.site import Site
 from chaos.under_test import BROKERS, DURABLE, BrokerUnderTest, client_environment
+from harness import until
 
 from kubeai.brokers.urls import open_broker
 
@@ -47,6 +48,7 @@ FAULT_PAUSES_S = (0.5, 2.5)
 # A suspended messenger's messages come back after the broker's deadline, which is 60 s at most.
 NO_PROGRESS_MAX_S = 120.0
 LATE_DUPLICATES_S = 3.0
+SUBSCRIBE_TIMEOUT_S = 60.0
 POLL_S = 0.2
 Fault = Callable[[random.Random], Awaitable[None]]
 
@@ -128,9 +130,12 @@ class Chaos:
             open_broker(under.requests_topic, "requests", environment), self._account
         )
         reader = open_broker(under.responses, "responses", environment)
+        subscribed = asyncio.Event()
+        reading = asyncio.create_task(read(reader, self._account, subscribed))
+        await until("the reader is subscribed", subscribed.is_set, SUBSCRIBE_TIMEOUT_S)
         begin_s = time.monotonic()
         background = [
-            asyncio.create_task(read(reader, self._account)),
+            reading,
             *(asyncio.create_task(site.send_http(at)) for at, site in enumerate(self._sites)),
         ]
         chaos = asyncio.create_task(self._break_things())

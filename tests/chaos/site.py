@@ -122,6 +122,7 @@ class Site:
         async with aiohttp.ClientSession() as session:
             for name in (WARM, ADAPTED, "adapted_law"):
                 await until(f"{name} serves", lambda name=name: self._serves(session, name), 60)
+            await until("the streams are connected", lambda: self._is_connected(session), 60)
 
     async def stop(self) -> None:
         if self.local.process is not None and self.local.process.returncode is None:
@@ -132,6 +133,11 @@ class Site:
         with contextlib.suppress(aiohttp.ClientError):
             return not await self._post(session, ask(name, "ready?"))
         return False
+
+    async def _is_connected(self, session: aiohttp.ClientSession) -> bool:
+        url = self.local.metrics.replace("/metrics", "/readyz?verbose")
+        async with session.get(url) as response:
+            return "message streams connected" in await response.text()
 
     # -- faults ------------------------------------------------------------------------------------
 
