@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import itertools
 from pathlib import Path
@@ -195,6 +196,8 @@ class TestJetStreamOptions:
         async def fails():
             raise ConnectionResetError
 
+        problems = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: problems.append(what))
         async with stream_of(server) as (_, subject, _js):
             url = f"nats://{subject}?jetstream"
             before = asyncio.all_tasks()
@@ -204,6 +207,9 @@ class TestJetStreamOptions:
                 await client.publish("unread", b"1")
                 client._transport.drain = fails
             await until("its tasks have ended", lambda: asyncio.all_tasks() <= before)
+            del subscription, client
+            gc.collect()
+            assert not problems, "nothing is reported to the event loop"
 
     async def test_response_that_is_published_again_is_dropped_by_the_stream(self, server):
         async with stream_of(server) as (name, subject, js):

@@ -122,6 +122,10 @@ class Connection:
             )
         except nats.errors.NoServersError as error:
             raise self._last_error or error from None
+        # nats-py waits for none of these. They fail if the socket fails again when it is closed.
+        for task in (self.client._flusher_task, self.client._reading_task):
+            assert task is not None, "it is connected"
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._require_tls()
 
     def _options(self) -> dict[str, Any]:
