@@ -102,7 +102,7 @@ class ServiceBus(Broker):
         elif not self._hostname:
             raise url.error(f"needs the environment variable {CONNECTION_STRING} or {HOSTNAME}")
         else:
-            self._credential()
+            self._credential_class()  # a ConfigError now if it is not installed
 
     async def subscribe(self) -> Subscription:
         """Connect to receive messages."""
@@ -133,10 +133,10 @@ class ServiceBus(Broker):
         if self._connection_string:
             client = ServiceBusClient.from_connection_string(self._connection_string, **options)
             return client, None
-        credential = self._credential()()
+        credential = self._credential_class()()
         return ServiceBusClient(self._hostname, credential, **options), credential
 
-    def _credential(self) -> Any:
+    def _credential_class(self) -> Any:
         """The class of the default credential."""
         try:
             from azure.identity.aio import DefaultAzureCredential

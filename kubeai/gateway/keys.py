@@ -63,6 +63,7 @@ class Keys:
         return any(lost)
 
     def _set(self, name: str, record: KeyRecord | None) -> bool:
+        """Set or remove the key of a Secret. Returns what :meth:`apply` does."""
         old = self.by_name.pop(name, None)
         was_admin = old is not None and old.is_admin
         if old is not None and record is not None and old.update(record):

@@ -198,7 +198,7 @@ class Client:
         self.idle: list[Connection] = []
         self.open: set[Connection] = set()
         self.readers: set[Reader] = set()  # of streams in flight
-        self.counts: Mapping[str, int] = {}  # none that only this client knows
+        self.counts: Mapping[str, int] = {}  # what only a MessageClient counts
         self.poller: Poller | None = None  # None with TLS
         self._timeout_s = timeout_s
         self._tls = ssl.create_default_context() if address.tls else None
