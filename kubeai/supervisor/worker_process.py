@@ -148,7 +148,6 @@ class WorkerProcess:
             self.send(message)
         try:
             code = await process.wait()
-            self._process = None
             # What it has sent is still to be read, unless another process keeps the other end open.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(channel.ended.wait(), CHANNEL_END_TIMEOUT_S)
@@ -202,7 +201,7 @@ class WorkerProcess:
         stood still. One check before it is killed, the process writes its stack, unless it has not
         got as far as that.
         """
-        if self._process is None:
+        if self._process is None or self._process.returncode is not None:
             return
         before_s, limit_s = self._silent_s, self._silence_max_s
         self._silent_s += elapsed_s
@@ -231,7 +230,7 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs."""
+        """Whether the process runs, or its column has not been cleared yet."""
         return self._process is not None
 
     def close_listener(self) -> None:

@@ -53,6 +53,7 @@ class Runs:
     """A process that runs until it is killed, and sends a heartbeat when it is told to."""
 
     pid = 1
+    returncode = None
 
     def __init__(self, command):
         settings = json.loads(command.env[SETTINGS_VARIABLE])
@@ -190,13 +191,8 @@ async def test_a_process_without_its_channel_has_time_to_drain(running):
 async def test_a_process_that_has_exited_is_not_signalled(make):
     """Another process may keep the channel open, so that its end is not known for a second."""
     heirs = []
-    exited = asyncio.Event()
 
     class Exited(Exits):
-        async def wait(self):
-            exited.set()
-            return 0
-
         def kill(self):
             raise ProcessLookupError
 
@@ -207,14 +203,13 @@ async def test_a_process_that_has_exited_is_not_signalled(make):
         process.stopping = True
         return Exited(command, reports=1, heirs=heirs)
 
-    process = make(spawn)
+    received = []
+    process = make(spawn, received.append)
     life = asyncio.create_task(process.run())
-    await exited.wait()
-    await asyncio.sleep(0)
-    assert not life.done()
+    await until(lambda: received)
     for _ in range(3):
         process.check(START_MAX_S + 1)
-    assert not process.alive
+    assert not life.done()
     heirs.pop().close()
     await life
 
